@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong below the shim, as exceptions that name the thing."""
+
+from __future__ import annotations
+
+
+class VmmError(Exception):
+    """A virtual machine, or a helper it needs, could not do what was asked.
+
+    The message is one sentence for a user: it names the program, file or value at
+    fault.  Where a helper process ended, its last lines of stderr follow it.
+    """
+
+
+class VmmConfigError(VmmError):
+    """The configuration names something that cannot work (a missing kernel, an absurd size)."""
+
+
+class CapacityError(VmmError):
+    """The VM has no slot, port or address space left for the device or size asked for."""
+
+
+class UnsupportedError(VmmError):
+    """This VMM, in this version or machine type, cannot do what was asked."""
+
+
+class VmmGoneError(VmmError):
+    """The VMM process ended, or its control socket closed, while it was needed."""
