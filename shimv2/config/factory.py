@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``[factory]`` (also ``[hypervisor.NAME.factory]``): virtual machines made ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .keys import Support, key
+
+
+@dataclass(frozen=True)
+class FactoryConfig:
+    """Templates and the VM cache."""
+
+    enable_template: bool = key(False, "start VMs from a saved one", support=Support.NO)
+    template_path: str = key("/run/vc/vm/template", "where the saved VM lies", support=Support.NO)
+    vm_cache_number: int = key(0, "VMs kept ready", low=0, high=1024, support=Support.NO)
+    vm_cache_endpoint: str = key(
+        "/var/run/kata-containers/cache.sock", "socket of the cache", support=Support.NO
+    )
