@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from .keys import SAME_NAME, U32, U63, Support, key
+from .keys import SAME_NAME, U32, U63, Section, Support, key
 
 NO, INERT, REFUSED = Support.NO, Support.INERT, Support.REFUSED
 U16 = (1 << 16) - 1
 
 
-@dataclass(frozen=True)
-class AgentConfig:
+class AgentConfig(Section):
     """How the agent is started and talked to."""
 
     enable_debug: bool = key(False, "the agent's debug messages", sample=True)
@@ -94,8 +91,7 @@ class AgentConfig:
     policy: str = key("", "rules for the agent's requests", annotation=SAME_NAME, support=REFUSED)
 
 
-@dataclass(frozen=True)
-class MemAgentConfig:
+class MemAgentConfig(Section):
     """``[agent.kata.mem_agent]``: upstream's memory agent, which this guest doesn't have."""
 
     mem_agent_enable: bool = key(

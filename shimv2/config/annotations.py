@@ -19,7 +19,7 @@ from . import locate
 from .agent import AgentConfig
 from .errors import ConfigError
 from .hypervisor import MAX_VCPUS, HypervisorConfig
-from .keys import SAME_NAME, Key, keys_of
+from .keys import Key, Section, annotation_name, keys_of
 from .load import HYPERVISORS, check_support, nearest
 from .model import Config
 from .resolve import host_cpus, resolve
@@ -43,7 +43,7 @@ REFUSED = {
     "hypervisor.firmware_volume_hash": "split firmware is not supported",
     "runtime.sandbox_bind_mounts": "host paths can't be asked for by a pod",
 }
-SECTIONS: Mapping[str, type[Any]] = {
+SECTIONS: Mapping[str, type[Section]] = {
     "hypervisor": HypervisorConfig,
     "agent": AgentConfig,
     "runtime": RuntimeConfig,
@@ -112,7 +112,7 @@ def _one(
         return
     found = _field(section, base)
     if found is None:
-        names = [known.annotation for _, known in keys_of(SECTIONS[section])]
+        names = filter(None, (annotation_name(*pair) for pair in keys_of(SECTIONS[section])))
         warnings.append(f"{where}: unknown{nearest(base, names)}")
         return
     item, known = found
@@ -145,9 +145,7 @@ def _enabled(vm: HypervisorConfig, base: str) -> bool:
 
 def _field(section: str, base: str) -> tuple[Field[Any], Key] | None:
     for item, known in keys_of(SECTIONS[section]):
-        if known.annotation and base == (
-            item.name if known.annotation == SAME_NAME else known.annotation
-        ):
+        if base and base == annotation_name(item, known):
             return item, known
     return None
 

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from .keys import Support, key
+from .keys import Section, Support, key
 
 
-@dataclass(frozen=True)
-class FactoryConfig:
+class FactoryConfig(Section):
     """Templates and the VM cache."""
 
     enable_template: bool = key(False, "start VMs from a saved one", support=Support.NO)

@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-# ruff: noqa: RUF009 (`key` makes a field, it is no shared default)
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .keys import SAME_NAME, U32, U63, UNSET, Support, key
+from .keys import SAME_NAME, U32, U63, UNSET, Section, Support, key
 
 NO, INERT, REFUSED = Support.NO, Support.INERT, Support.REFUSED
 VFIO_PORTS = ("no-port", "bridge-port", "root-port", "switch-port")
@@ -19,8 +17,7 @@ MAX_MEMORY_MIB = 16 << 20
 MAX_VCPUS = 240
 
 
-@dataclass(frozen=True)
-class HypervisorConfig:
+class HypervisorConfig(Section):
     """One VMM's section.  Paths are absolute; None stands for an empty text in the file."""
 
     name: str = "qemu"

@@ -14,7 +14,7 @@ from .agent import AgentConfig, MemAgentConfig
 from .errors import ConfigError
 from .factory import FactoryConfig
 from .hypervisor import HypervisorConfig
-from .keys import Key, Support, keys_of
+from .keys import Key, Section, Support, keys_of
 from .model import Config
 from .resolve import resolve
 from .runtime import RuntimeConfig
@@ -120,7 +120,7 @@ def _merge(merged: Merged, table: Table, file: Path, at: tuple[str, ...] = ()) -
             merged[where] = Setting(value, file)
 
 
-class _Section:
+class _Table:
     """The settings of one table, taken out key by key; what is left over is unknown."""
 
     def __init__(self, merged: Merged, *at: str) -> None:
@@ -132,7 +132,7 @@ class _Section:
         return ".".join((*self.at, name))
 
     def take(
-        self, known: type[Any], warnings: list[str], vmm: str = "", inner: Iterable[str] = ()
+        self, known: type[Section], warnings: list[str], vmm: str = "", inner: Iterable[str] = ()
     ) -> dict[str, Any]:
         """Checked values by field name; warnings for what has no effect here."""
         values: dict[str, Any] = {}
@@ -145,14 +145,16 @@ class _Section:
                 where = f"{setting.file}: {self.dotted(name)}"
                 raw = setting.value
                 if str(item.type).startswith("Mapping") and raw == {}:
-                    raw = _table(self.merged, (*self.at, name))
+                    raw = _nested(self.merged, (*self.at, name))
                 values[item.name] = from_toml(item, key, raw, where)
                 check_support(item, key, values[item.name], where, vmm, warnings)
         for name, setting in left.items():
             self._unknown(name, setting, known, warnings)
         return values
 
-    def _unknown(self, name: str, setting: Setting, known: type[Any], warnings: list[str]) -> None:
+    def _unknown(
+        self, name: str, setting: Setting, known: type[Section], warnings: list[str]
+    ) -> None:
         names = [item.name for item, _ in keys_of(known)]
         warnings.append(f"{setting.file}: {self.dotted(name)}: unknown key{nearest(name, names)}")
 
@@ -186,12 +188,12 @@ def check_support(
         warnings.append(f"{where}: has no effect with this hypervisor")
 
 
-def _table(merged: Merged, at: tuple[str, ...]) -> Table:
+def _nested(merged: Merged, at: tuple[str, ...]) -> Table:
     table: Table = {}
     for path, setting in merged.items():
         if path[:-1] == at:
             is_table = setting.value == {} and isinstance(setting.value, dict)
-            table[path[-1]] = _table(merged, path) if is_table else setting.value
+            table[path[-1]] = _nested(merged, path) if is_table else setting.value
     return table
 
 
@@ -242,20 +244,20 @@ def _build(merged: Merged) -> Config:
             warnings.append(f"{setting.file}: {section}: unknown section{hint}")
         elif not isinstance(setting.value, dict):
             raise ConfigError(f"{setting.file}: {section}: expected a section [{section}]")
-    runtime = RuntimeConfig(**_Section(merged, "runtime").take(RuntimeConfig, warnings))
+    runtime = RuntimeConfig(**_Table(merged, "runtime").take(RuntimeConfig, warnings))
     name = _hypervisor_name(merged, runtime)
-    values = _Section(merged, "hypervisor", name).take(
+    values = _Table(merged, "hypervisor", name).take(
         HypervisorConfig, warnings, HYPERVISORS[name], inner=("factory",)
     )
-    factory = _Section(merged, "hypervisor", name, "factory").take(FactoryConfig, warnings)
-    factory |= _Section(merged, "factory").take(FactoryConfig, warnings)
+    factory = _Table(merged, "hypervisor", name, "factory").take(FactoryConfig, warnings)
+    factory |= _Table(merged, "factory").take(FactoryConfig, warnings)
     agent: dict[str, Any] = {}
     for agent_name in _names(merged, "agent"):
         where = f"{merged['agent', agent_name].file}: agent.{agent_name}"
         if agent_name != "kata" or not isinstance(merged["agent", agent_name].value, dict):
             raise ConfigError(f"{where}: expected a section [agent.kata]")
-        agent = _Section(merged, "agent", "kata").take(AgentConfig, warnings, inner=("mem_agent",))
-        _Section(merged, "agent", "kata", "mem_agent").take(MemAgentConfig, warnings)
+        agent = _Table(merged, "agent", "kata").take(AgentConfig, warnings, inner=("mem_agent",))
+        _Table(merged, "agent", "kata", "mem_agent").take(MemAgentConfig, warnings)
     return Config(
         hypervisor=HypervisorConfig(name=name, **values),
         agent=AgentConfig(**agent),

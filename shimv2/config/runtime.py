@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from .keys import SAME_NAME, U32, Support, key
+from .keys import SAME_NAME, U32, Section, Support, key
 
 NO, INERT, REFUSED = Support.NO, Support.INERT, Support.REFUSED
 
 
-@dataclass(frozen=True)
-class RuntimeConfig:
+class RuntimeConfig(Section):
     """What the shim does around the VM."""
 
     enable_debug: bool = key(False, "the shim's debug messages", sample=True)
@@ -39,7 +37,9 @@ class RuntimeConfig:
     disable_new_netns: bool = key(
         False, "stay in the host's network; only with model `none`", annotation=SAME_NAME
     )
-    dan_conf: str = key("", "directory of directly attached networks", support=NO)
+    dan_conf: str = key(
+        "", "directory of directly attached networks (not read here)", support=INERT
+    )
     disable_guest_seccomp: bool = key(
         False, "no seccomp inside the guest", annotation=SAME_NAME, sample=True
     )
@@ -69,7 +69,7 @@ class RuntimeConfig:
         (), "host paths shown to every sandbox, read-only; `:rw` or `:ro` may follow", support=NO
     )
     disable_guest_empty_dir: bool = key(
-        False, "emptyDir volumes lie on the host and are shared", support=NO
+        False, "emptyDir volumes lie on the host and are shared (always so here)", support=INERT
     )
     emptydir_mode: str = key(
         "shared-fs",
