@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One container of the sandbox: made, started, ended and removed in the guest.
+
+Its state changes under `Container.lock`; only waiting for an exit happens outside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+from ttrpc.errors import Code, RpcError
+
+from agent.api import agent_pb2
+from shimv2.api import task_events_pb2, task_types_pb2
+from shimv2.guest_spec import guest_spec, process_from_json, resources_from_json
+from shimv2.hooks import HookState, run_hooks
+from shimv2.process import Process, State
+from shimv2.rootfs import Rootfs
+from shimv2.spec import HookKind, Spec, SpecError
+from shimv2.volumes import share_mounts
+
+if TYPE_CHECKING:
+    from shimv2.guest import Guest
+    from shimv2.life import Life
+    from shimv2.sandbox import Sandbox
+
+log = logging.getLogger("container")
+
+_PROCESS_TYPE = "opencontainers/runtime-spec/1/Process"
+_RESOURCES_TYPE = "opencontainers/runtime-spec/1/LinuxResources"
+
+_SIGKILL = 9
+_SIGNAL_LIMIT = 64
+_EXEC_WAIT = 1.0  # seconds that the exit of init waits for its execs to report theirs
+_CREATE_LIMIT = 60.0  # seconds, where create_container_timeout doesn't say
+
+
+class Container:
+    """A container that Create made.
+
+    Attributes:
+        spec: the validated OCI spec.
+        paused: its guest cgroup is frozen.
+    """
+
+    def __init__(self, sandbox: Sandbox, spec: Spec, bundle: str, init: Process) -> None:
+        self.id = init.container_id
+        self.bundle = bundle
+        self.spec = spec
+        self.init = init
+        self.execs: dict[str, Process] = {}
+        self.paused = False
+        self.lock = trio.Lock()
+        self._sandbox = sandbox
+        self._life: Life | None = None
+        self._rootfs: Rootfs | None = None
+        self._in_guest = False
+        self._exec_sizes: dict[str, agent_pb2.ExecProcessRequest] = {}
+
+    # --- create and start ---------------------------------------------------------------
+
+    async def create(self, life: Life, mounts: list[Any]) -> None:
+        """Mount the root file system, share it, and create the container in the guest.
+
+        Host work is done while the VM still boots.  On an error call `release`.
+        """
+        self._life = life
+        self.spec.check_container()
+        target = self.spec.rootfs or Path(self.bundle, "rootfs")
+        self._rootfs = Rootfs(target)
+        self._rootfs.mount(mounts)
+        share = self._sandbox.share
+        root_path = share.add_rootfs(self.id, target)
+        shared = share_mounts(self.spec, share, self.id)
+        for reason in shared.skipped:
+            log.warning("mount left out: %s", reason)
+        guest = await life.guest()
+        await self._run_hooks(life, HookKind.PRESTART, HookKind.CREATE_RUNTIME, status="creating")
+        streams = await self.init.open_streams(guest)
+        try:
+            converted = guest_spec(
+                self.spec,
+                root_path=str(root_path),
+                mounts=shared.mounts,
+                seccomp=not life.origin.config.runtime.disable_guest_seccomp,
+            )
+            if converted.lost:
+                log.warning("not carried to the guest: %s", ", ".join(converted.lost))
+            limit = life.origin.config.runtime.create_container_timeout or _CREATE_LIMIT
+            request = agent_pb2.CreateContainerRequest(
+                container_id=self.id,
+                exec_id=self.id,
+                OCI=converted.message,
+                storages=shared.storages,
+                sandbox_pidns=self.spec.sandbox_pidns,
+            )
+            streams.put_ports(request)
+            await guest.call("CreateContainer", request, limit=limit)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await streams.aclose()
+            raise
+        self._in_guest = True
+        self.init.stdio.start(streams.stdin, streams.stdout, streams.stderr)
+
+    def watch(self) -> None:
+        """From now on the end of init is seen, also of one that was never started."""
+        self._sandbox.nursery.start_soon(self._watch_init)
+
+    async def start(self) -> None:
+        """Let init run."""
+        async with self.lock:
+            self.init.require("start", State.CREATED)
+            guest = await self._guest()
+            await guest.call(
+                "StartContainer", agent_pb2.StartContainerRequest(container_id=self.id)
+            )
+            self.init.state = State.RUNNING
+            if self.init.size is not None:
+                await self._resize(guest, self.init, self.init.size)
+            self._sandbox.events.publish(
+                task_events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
+            )
+        assert self._life is not None
+        await self._run_hooks(self._life, HookKind.POSTSTART, status="running")
+
+    async def _watch_init(self) -> None:
+        guest = await self._guest()
+        status = await self.init.wait_in_guest(guest)
+        with trio.move_on_after(_EXEC_WAIT):
+            for process in list(self.execs.values()):
+                if process.state is State.RUNNING:
+                    await process.exited.wait()
+        async with self.lock:  # a Start under way publishes its event first
+            self._exited(self.init, status)
+        self._sandbox.init_exited(self)
+
+    def _exited(self, process: Process, status: int) -> None:
+        if process.state is State.STOPPED:
+            return
+        process.set_exited(status)
+        event = task_events_pb2.TaskExit(
+            container_id=self.id,
+            id=process.exec_id or self.id,
+            pid=self._sandbox.pid,
+            exit_status=process.exit_status,
+        )
+        event.exited_at.FromNanoseconds(process.exited_at)
+        self._sandbox.events.publish(event)
+
+    def guest_lost(self) -> None:
+        """The VM is gone: what has not been reported as ended has ended with 255."""
+        for process in self.processes():
+            if process.state is not State.STOPPED and self._was_started(process):
+                self._exited(process, 255)
+
+    def _was_started(self, process: Process) -> bool:
+        return process is self.init or process.state is State.RUNNING
+
+    # --- exec ---------------------------------------------------------------------------
+
+    def add_exec(self, request: Any, namespace: str) -> None:
+        """Exec: noted here; the guest learns of it at its start.
+
+        Raises:
+            RpcError: AlreadyExists; FailedPrecondition once the container has ended.
+            SpecError: the process can't be executed.
+        """
+        if request.exec_id in self.execs:
+            raise RpcError(
+                Code.ALREADY_EXISTS, f"exec {request.exec_id!r} of {self.id!r} exists already"
+            )
+        self.init.require("exec in", State.CREATED, State.RUNNING)
+        if not request.spec.type_url.endswith(_PROCESS_TYPE):
+            raise SpecError(f"spec of an exec: type {request.spec.type_url!r} is not a Process")
+        process = Process(
+            container_id=self.id,
+            exec_id=request.exec_id,
+            namespace=namespace,
+            terminal=request.terminal,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+        )
+        spec = process_from_json(request.spec.value).message
+        spec.Terminal = request.terminal
+        self.execs[request.exec_id] = process
+        self._exec_sizes[request.exec_id] = agent_pb2.ExecProcessRequest(
+            container_id=self.id, exec_id=request.exec_id, process=spec
+        )
+        self._sandbox.events.publish(
+            task_events_pb2.TaskExecAdded(container_id=self.id, exec_id=request.exec_id)
+        )
+
+    async def start_exec(self, process: Process) -> None:
+        """Run an exec that `add_exec` noted."""
+        process.require("start", State.CREATED)
+        self.init.require("exec in", State.RUNNING)
+        if self.paused:
+            raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} is paused")
+        guest = await self._guest()
+        request = self._exec_sizes[process.exec_id]
+        streams = await process.open_streams(guest)
+        try:
+            streams.put_ports(request)
+            if process.size is not None:
+                request.process.ConsoleSize.Height, request.process.ConsoleSize.Width = process.size
+            await guest.call("ExecProcess", request)
+        except BaseException as error:
+            with trio.CancelScope(shield=True):
+                await streams.aclose()
+                await process.stdio.aclose()
+            if isinstance(error, RpcError):
+                process.set_exited(255)
+            raise
+        process.stdio.start(streams.stdin, streams.stdout, streams.stderr)
+        process.state = State.RUNNING
+        self._sandbox.events.publish(
+            task_events_pb2.TaskExecStarted(
+                container_id=self.id, exec_id=process.exec_id, pid=self._sandbox.pid
+            )
+        )
+        self._sandbox.nursery.start_soon(self._watch_exec, guest, process)
+
+    async def _watch_exec(self, guest: Guest, process: Process) -> None:
+        self._exited(process, await process.wait_in_guest(guest))
+
+    async def delete_exec(self, process: Process) -> None:
+        """Forget an exec that does not run."""
+        process.require("delete", State.CREATED, State.STOPPED)
+        await process.stdio.aclose()
+        self.execs.pop(process.exec_id, None)
+        self._exec_sizes.pop(process.exec_id, None)
+
+    # --- the end ------------------------------------------------------------------------
+
+    async def delete(self) -> None:
+        """Remove the container from the guest and its mounts from the host."""
+        async with self.lock:
+            self.init.require("delete", State.CREATED, State.STOPPED)
+            if self.init.state is State.CREATED:
+                await self._kill_created()
+            for process in self.execs.values():
+                await process.stdio.aclose()
+            await self._remove_from_guest()
+            await self.release()
+            if self._life is not None:
+                await self._run_hooks(self._life, HookKind.POSTSTOP, status="stopped")
+
+    async def _kill_created(self) -> None:
+        with contextlib.suppress(RpcError):
+            guest = await self._guest()
+            await guest.call(
+                "SignalProcess",
+                agent_pb2.SignalProcessRequest(container_id=self.id, signal=_SIGKILL),
+            )
+        self.init.set_exited(128 + _SIGKILL)
+
+    async def _remove_from_guest(self) -> None:
+        # The VM of the last container is on its way out, and its guest with it.
+        if not self._in_guest or self._life is None or not self._life.is_running:
+            return
+        with contextlib.suppress(RpcError):
+            guest = await self._guest()
+            await guest.call(
+                "RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=self.id)
+            )
+        self._in_guest = False
+
+    async def release(self) -> None:
+        """Let go of what the host holds for it: streams, shared directories, mounts."""
+        await self.init.stdio.aclose()
+        self._sandbox.share.remove_container(self.id)
+        if self._rootfs is not None:
+            self._rootfs.unmount()
+            self._rootfs = None
+
+    # --- while it runs ------------------------------------------------------------------
+
+    async def kill(self, process: Process, signal: int, *, everyone: bool) -> None:
+        """Send a signal; to init also for "all", which SIGKILL reaches by the cgroup.
+
+        Raises:
+            RpcError: NotFound for a process that has ended, InvalidArgument for a bad signal.
+        """
+        if not 0 <= signal <= _SIGNAL_LIMIT:
+            raise RpcError(Code.INVALID_ARGUMENT, f"signal {signal} does not exist")
+        if process.state is State.STOPPED:
+            raise RpcError(Code.NOT_FOUND, f"{process.describe()}: process already finished")
+        if process.exec_id and process.state is State.CREATED:
+            raise RpcError(Code.FAILED_PRECONDITION, f"{process.describe()} is not started")
+        guest = await self._guest()
+        # Empty means init, and for SIGKILL everyone in the container's cgroup.
+        target = process.exec_id or ("" if everyone or signal == _SIGKILL else self.id)
+        await guest.call(
+            "SignalProcess",
+            agent_pb2.SignalProcessRequest(container_id=self.id, exec_id=target, signal=signal),
+        )
+
+    async def pause(self) -> None:
+        """Freeze the container's processes."""
+        async with self.lock:
+            self._require_running("pause", paused=False)
+            guest = await self._guest()
+            await guest.call(
+                "PauseContainer", agent_pb2.PauseContainerRequest(container_id=self.id)
+            )
+            self.paused = True
+            self._sandbox.events.publish(task_events_pb2.TaskPaused(container_id=self.id))
+
+    async def resume(self) -> None:
+        """Let them go on."""
+        async with self.lock:
+            self._require_running("resume", paused=True)
+            guest = await self._guest()
+            await guest.call(
+                "ResumeContainer", agent_pb2.ResumeContainerRequest(container_id=self.id)
+            )
+            self.paused = False
+            self._sandbox.events.publish(task_events_pb2.TaskResumed(container_id=self.id))
+
+    def _require_running(self, action: str, *, paused: bool) -> None:
+        self.init.require(action, State.RUNNING)
+        if self.paused is not paused:
+            now = "paused" if self.paused else "running"
+            raise RpcError(
+                Code.FAILED_PRECONDITION, f"cannot {action} container {self.id!r}: it is {now}"
+            )
+
+    async def resize_pty(self, process: Process, *, rows: int, columns: int) -> None:
+        """Set the terminal's size; before the start it is kept until then."""
+        if process.state is State.STOPPED:
+            raise RpcError(Code.FAILED_PRECONDITION, f"{process.describe()} has ended")
+        if not process.terminal:
+            return
+        process.size = (rows, columns)
+        if process.state is State.RUNNING:
+            await self._resize(await self._guest(), process, process.size)
+
+    async def _resize(self, guest: Guest, process: Process, size: tuple[int, int]) -> None:
+        if not process.terminal:
+            return
+        await guest.call(
+            "TtyWinResize",
+            agent_pb2.TtyWinResizeRequest(
+                container_id=self.id,
+                exec_id=process.exec_id or self.id,
+                row=size[0],
+                column=size[1],
+            ),
+        )
+
+    async def update(self, resources: Any) -> None:
+        """Apply LinuxResources in the guest.
+
+        Raises:
+            SpecError: another type, or values that can't be.
+        """
+        if not resources.type_url.endswith(_RESOURCES_TYPE):
+            raise SpecError(f"resources: type {resources.type_url!r} is not LinuxResources")
+        self.init.require("update", State.CREATED, State.RUNNING)
+        guest = await self._guest()
+        await guest.call(
+            "UpdateContainer",
+            agent_pb2.UpdateContainerRequest(
+                container_id=self.id, resources=resources_from_json(resources.value).message
+            ),
+        )
+
+    async def stats(self) -> agent_pb2.StatsContainerResponse:
+        """What the guest counts for this container."""
+        self.init.require("measure", State.CREATED, State.RUNNING)
+        guest = await self._guest()
+        reply: agent_pb2.StatsContainerResponse = await guest.call(
+            "StatsContainer", agent_pb2.StatsContainerRequest(container_id=self.id)
+        )
+        return reply
+
+    # --- what it is ---------------------------------------------------------------------
+
+    def process(self, exec_id: str) -> Process:
+        """The init process, or the exec with that id.
+
+        Raises:
+            RpcError: NotFound.
+        """
+        if not exec_id:
+            return self.init
+        try:
+            return self.execs[exec_id]
+        except KeyError:
+            raise RpcError(
+                Code.NOT_FOUND, f"exec {exec_id!r} of container {self.id!r} does not exist"
+            ) from None
+
+    def processes(self) -> list[Process]:
+        """Init first, then the execs."""
+        return [self.init, *self.execs.values()]
+
+    def status_of(self, process: Process) -> Any:
+        """containerd's Status of a process; a paused container's running ones are PAUSED."""
+        if self.paused and process.state is State.RUNNING:
+            return task_types_pb2.PAUSED
+        return process.state.value
+
+    async def _guest(self) -> Guest:
+        if self._life is None:
+            raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} is being created")
+        return await self._life.guest()
+
+    async def _run_hooks(self, life: Life, *kinds: HookKind, status: str) -> None:
+        state = HookState(
+            container_id=self.id,
+            status=status,
+            pid=self._sandbox.pid,
+            bundle=self.bundle,
+            annotations={**self.spec.annotations, "nerdctl/network-namespace": life.netns},
+        )
+        for kind in kinds:
+            await run_hooks(
+                self.spec.hooks[kind], kind, state, host_mounts=self._sandbox.settings.host_mounts
+            )

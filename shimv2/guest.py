@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The running VM with the agent in it: booted, talked to, watched, ended.
+
+`Guest` owns everything a sandbox has outside the shim's own memory: the VMM, virtiofsd, the
+vsock channel, the agent connection.  Leaving its ``async with`` block ends all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+from google.protobuf.message import Message
+from ttrpc.client import Client
+from ttrpc.errors import Code, RpcError
+from vmm.qemu.driver import Qemu
+from vmm.virtiofsd import Virtiofsd
+
+from agent.api import agent_pb2, health_pb2
+from shimv2.config import Config
+from shimv2.console import copy_console
+from shimv2.state import share_dir, vm_dir
+from shimv2.stats import add_stats
+from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, SocketWriter
+from shimv2.timeline import Timeline
+from shimv2.vm_settings import SHARE_TAG, virtiofs_socket, vm_config
+from vmm.errors import VmmGoneError
+from vmm.hypervisor import ConsoleDevice, FsDevice, Hypervisor, Placement, RngDevice
+from vmm.vsock import VsockChannel, VsockRefused, open_channel
+
+log = logging.getLogger("guest")
+
+AGENT_PORT = 1024
+STREAM_PORT = 1027
+
+_RPC_LIMIT = 30.0  # seconds for every call that doesn't wait for a process
+_HEALTH_EVERY = 5.0
+_HEALTH_LIMIT = 10.0
+_HEALTH_TRIES = 2
+_CLOCK_EVERY = 60.0
+
+_AGENT = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
+_HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
+
+
+class Guest:
+    """One VM with its agent.
+
+    Args:
+        config: the sandbox's configuration, annotations applied.
+        sandbox_id: names the state directories.
+        placement: the pod's network namespace and the sandbox's cgroups.
+        timeline: gets a mark at each phase of the boot.
+        on_process: called with (name, pid) for each helper as soon as it runs.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        sandbox_id: str,
+        *,
+        placement: Placement,
+        timeline: Timeline,
+        on_process: Callable[[str, int], None],
+    ) -> None:
+        self._config = config
+        self._id = sandbox_id
+        self._placement = placement
+        self._timeline = timeline
+        self._on_process = on_process
+        self._stack = contextlib.AsyncExitStack()
+        self._nursery: trio.Nursery
+        self._vm: Hypervisor
+        self._channel: VsockChannel
+        self._client: Client
+        self._lost = trio.Event()
+        self._lost_reason = ""
+        self._raw_streams = True
+        self.pid = 0
+
+    async def __aenter__(self) -> Self:
+        self._nursery = await self._stack.enter_async_context(_own_nursery())
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.declare_lost("the sandbox is stopped")
+        await self._stack.aclose()
+
+    # --- boot ---------------------------------------------------------------------------
+
+    async def boot(self, storages: list[agent_pb2.Storage], hostname: str, dns: list[str]) -> None:
+        """Start everything and create the sandbox in the guest.
+
+        Raises:
+            VmmError: names what could not be started, with its last lines of stderr.
+            RpcError: the agent refused the sandbox.
+        """
+        hypervisor = self._config.hypervisor
+        directory = vm_dir(self._id)
+        self._vm = await self._stack.enter_async_context(
+            Qemu(vm_config(self._config, self._id, self._placement))
+        )
+        await self._vm.prepare()
+        self._channel = await self._stack.enter_async_context(
+            open_channel(hypervisor.vsock, state_dir=directory)
+        )
+        await self._vm.add_device(self._channel.device)
+        await self._vm.add_device(RngDevice(id="rng0", source=hypervisor.entropy_source))
+        console = directory / "console.sock"
+        await self._vm.add_device(ConsoleDevice(id="console0", socket=console))
+        daemon = await self._add_share()
+        self._timeline.mark("prepared")
+        await self._vm.start()
+        self.pid = self._vm.pid
+        self._on_process("vmm", self.pid)
+        self._timeline.mark("vmm-started")
+        self._nursery.start_soon(self._watch, "the VMM", self._vm_end)
+        if daemon is not None:
+            self._nursery.start_soon(self._watch, "virtiofsd", daemon.wait)
+        self._nursery.start_soon(copy_console, console, self._console_line)
+        await self._connect_agent()
+        self._timeline.mark("agent-connected")
+        await self._create_sandbox(storages, hostname, dns)
+        self._timeline.mark("sandbox-created")
+        self._nursery.start_soon(self._watch_health)
+        self._nursery.start_soon(self._keep_time)
+        await self._nursery.start(self._channel.serve_hybrid, directory / "hybrid.sock")
+
+    async def _add_share(self) -> Virtiofsd | None:
+        hypervisor = self._config.hypervisor
+        if hypervisor.shared_fs == "none":
+            return None
+        socket = virtiofs_socket(self._id)
+        daemon = await self._stack.enter_async_context(
+            Virtiofsd(
+                hypervisor.virtio_fs_daemon,
+                share_dir(self._id) / "shared",
+                socket,
+                cache=hypervisor.virtio_fs_cache,
+                extra_args=hypervisor.virtio_fs_extra_args,
+                placement=Placement(cgroup_procs=self._placement.cgroup_procs),
+            )
+        )
+        await daemon.start()
+        self._on_process("virtiofsd", daemon.pid)
+        await self._vm.add_device(
+            FsDevice(
+                id="fs0",
+                tag=SHARE_TAG,
+                socket=socket,
+                queue_size=hypervisor.virtio_fs_queue_size or 1024,
+            )
+        )
+        return daemon
+
+    async def _connect_agent(self) -> None:
+        limit = self._config.agent.dial_timeout or 45
+        async with trio.open_nursery() as nursery:
+            # A VM that dies while we wait for its agent says why at once.
+            nursery.start_soon(self._raise_when_lost)
+            connection = await self._channel.connect_when_ready(AGENT_PORT, timeout=limit)
+            nursery.cancel_scope.cancel()
+        self._client = await self._stack.enter_async_context(Client(connection.stream))
+        self._nursery.start_soon(self._watch, "the agent's connection", self._client_end)
+
+    async def _raise_when_lost(self) -> None:
+        await self._lost.wait()
+        raise VmmGoneError(self._lost_reason)
+
+    async def _create_sandbox(
+        self, storages: list[agent_pb2.Storage], hostname: str, dns: list[str]
+    ) -> None:
+        await self._set_time()
+        await self.call(
+            "CreateSandbox",
+            agent_pb2.CreateSandboxRequest(
+                hostname=hostname[:64],
+                dns=dns,
+                storages=storages,
+                sandbox_id=self._id,
+                guest_hook_path=self._config.hypervisor.guest_hook_path,
+                kernel_modules=[_module(text) for text in self._config.agent.kernel_modules],
+            ),
+        )
+
+    # --- talking ------------------------------------------------------------------------
+
+    async def call(self, method: str, request: Message, limit: float = _RPC_LIMIT) -> Any:
+        """One call to the agent, with a deadline.
+
+        Raises:
+            RpcError: the agent's status; UNAVAILABLE once the guest is lost.
+        """
+        if self._lost.is_set():
+            raise RpcError(Code.UNAVAILABLE, f"the guest is lost: {self._lost_reason}")
+        return await getattr(self._client.stub(_AGENT), method)(request, timeout=limit)
+
+    async def wait_process(self, container_id: str, exec_id: str) -> int:
+        """The exit status of a process, however long it takes.
+
+        Raises:
+            RpcError: the guest is lost, or it knows no such process.
+        """
+        request = agent_pb2.WaitProcessRequest(container_id=container_id, exec_id=exec_id)
+        reply = await self._client.stub(_AGENT).WaitProcess(request)
+        status: int = reply.status
+        return status
+
+    async def next_oom(self) -> str:
+        """The id of the next container in which the guest's kernel killed for memory."""
+        reply = await self._client.stub(_AGENT).GetOOMEvent(agent_pb2.GetOOMEventRequest())
+        return str(reply.container_id)
+
+    async def open_streams(
+        self, container_id: str, exec_id: str, *, stdin: bool, stdout: bool, stderr: bool
+    ) -> ProcessStreams:
+        """A stream for each stdio that is used: raw vsock, else by RPC (DESIGN decision 6)."""
+        streams = ProcessStreams()
+        if self._raw_streams:
+            try:
+                if stdin:
+                    streams.stdin = SocketWriter(await self._channel.connect(STREAM_PORT))
+                if stdout:
+                    streams.stdout = SocketReader(await self._channel.connect(STREAM_PORT))
+                if stderr:
+                    streams.stderr = SocketReader(await self._channel.connect(STREAM_PORT))
+                return streams
+            except VsockRefused:
+                await streams.aclose()
+                log.info("the agent has no raw streams: stdio goes by RPC")
+                self._raw_streams = False
+                streams = ProcessStreams()
+        if stdin:
+            streams.stdin = RpcWriter(self.call, container_id, exec_id)
+        if stdout:
+            streams.stdout = RpcReader(self._read, "ReadStdout", container_id, exec_id)
+        if stderr:
+            streams.stderr = RpcReader(self._read, "ReadStderr", container_id, exec_id)
+        return streams
+
+    async def _read(self, method: str, request: Message) -> Any:
+        # Waits as long as the process is silent, so it has no deadline.
+        return await getattr(self._client.stub(_AGENT), method)(request)
+
+    async def sandbox_stats(self, container_ids: list[str]) -> agent_pb2.StatsContainerResponse:
+        """The sum over containers; one that has just ended counts nothing."""
+        total = agent_pb2.StatsContainerResponse()
+        for container_id in container_ids:
+            with contextlib.suppress(RpcError):
+                add_stats(
+                    total,
+                    await self.call(
+                        "StatsContainer", agent_pb2.StatsContainerRequest(container_id=container_id)
+                    ),
+                )
+        return total
+
+    async def pause_vcpus(self) -> None:
+        """Stop the guest's processors."""
+        await self._vm.pause()
+
+    async def metrics(self) -> dict[str, str]:
+        """Facts about the VM for SandboxStatus."""
+        figures = await self._vm.metrics()
+        return {
+            "vmm": f"{self._vm.name} {self._vm.version}",
+            "accelerator": self._vm.accelerator.value,
+            "pid": str(self.pid),
+            "vcpus": str(len(figures.vcpu_threads)),
+            "memory_mib": str(self._vm.config.memory_mib),
+            "rss_bytes": str(figures.rss_bytes),
+        }
+
+    # --- the end ------------------------------------------------------------------------
+
+    async def wait_lost(self) -> str:
+        """Return when the guest can no longer be used, with the reason."""
+        await self._lost.wait()
+        return self._lost_reason
+
+    def declare_lost(self, reason: str) -> None:
+        """From now on every call fails at once.  The first reason counts."""
+        if not self._lost.is_set():
+            self._lost_reason = reason
+            self._lost.set()
+
+    async def _watch(self, what: str, end: Callable[[], Awaitable[object]]) -> None:
+        detail = await end()
+        self.declare_lost(f"{what} ended: {detail}")
+
+    async def _vm_end(self) -> str:
+        end = await self._vm.wait()
+        return f"{end.reason}: {end.detail}"
+
+    async def _client_end(self) -> str:
+        await self._client.wait_closed()
+        return "closed by the guest"
+
+    async def _watch_health(self) -> None:
+        check = health_pb2.CheckRequest()
+        failures = 0
+        while failures < _HEALTH_TRIES:
+            if not failures:
+                await trio.sleep(_HEALTH_EVERY)
+            try:
+                await self._client.stub(_HEALTH).Check(check, timeout=_HEALTH_LIMIT)
+                failures = 0
+            except RpcError as error:
+                failures += 1
+                log.warning("health check %d of %d: %s", failures, _HEALTH_TRIES, error.message)
+        self.declare_lost(f"the guest did not answer {_HEALTH_TRIES} health checks")
+
+    async def _keep_time(self) -> None:
+        while True:
+            await trio.sleep(_CLOCK_EVERY)
+            with contextlib.suppress(RpcError):
+                await self._set_time()
+
+    async def _set_time(self) -> None:
+        now = time.time_ns()
+        await self.call(
+            "SetGuestDateTime",
+            agent_pb2.SetGuestDateTimeRequest(
+                Sec=now // 1_000_000_000, Usec=now % 1_000_000_000 // 1000
+            ),
+        )
+
+    def _console_line(self, line: str) -> None:
+        log.debug("console: %s", line)
+
+
+@contextlib.asynccontextmanager
+async def _own_nursery() -> AsyncIterator[trio.Nursery]:
+    async with trio.open_nursery() as nursery:
+        yield nursery
+        nursery.cancel_scope.cancel()
+
+
+def _module(text: str) -> agent_pb2.KernelModule:
+    name, *parameters = text.split()
+    return agent_pb2.KernelModule(name=name, parameters=parameters)

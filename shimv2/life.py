@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The life of one VM of a sandbox, from launch to the last of its processes gone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import trio
+from ttrpc.errors import Code, RpcError
+
+from agent.api import agent_pb2
+from shimv2.config import Config
+from shimv2.guest import Guest
+from shimv2.placement import SandboxPlacement
+
+if TYPE_CHECKING:
+    from shimv2.sandbox import Sandbox
+
+log = logging.getLogger("sandbox")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a VM is launched from; another origin needs another VM.
+
+    Attributes:
+        netns: path of the pod's network namespace, "" for one of our own.
+        cgroups_path: the OCI spec's, "" for none.
+        dns: lines of the pod's resolv.conf.
+        storages: of CreateSandbox: the share and the pod's /dev/shm.
+    """
+
+    config: Config
+    netns: str
+    hostname: str
+    cgroups_path: str
+    dns: tuple[str, ...]
+    storages: tuple[agent_pb2.Storage, ...]
+
+
+class Life:
+    """Runs as one task, `run`; everyone else asks `guest` or `stop`.
+
+    Attributes:
+        netns: path of the pod's network namespace on the host, once `run` has begun.
+    """
+
+    def __init__(self, sandbox: Sandbox, origin: Origin) -> None:
+        self.origin = origin
+        self.netns = ""
+        self._sandbox = sandbox
+        self._guest: Guest | None = None
+        self._failure: Exception | None = None
+        self._decided = trio.Event()  # booted, or failed
+        self._stop = trio.Event()
+        self._ended = trio.Event()
+
+    @property
+    def is_running(self) -> bool:
+        return self._guest is not None and not self._ended.is_set() and not self._stop.is_set()
+
+    async def guest(self) -> Guest:
+        """The booted guest; waits for the end of the boot.
+
+        Raises:
+            VmmError, RpcError: why there is none.
+        """
+        await self._decided.wait()
+        if self._failure is not None:
+            raise self._failure
+        if self._guest is None or self._ended.is_set():
+            raise RpcError(Code.UNAVAILABLE, f"the VM of sandbox {self._sandbox.id!r} has ended")
+        return self._guest
+
+    async def stop(self) -> None:
+        """End the VM, however far it is, and wait until its processes are gone."""
+        self._stop.set()
+        await self._ended.wait()
+
+    async def run(self) -> None:
+        """Boot, watch, end.  Never raises: what goes wrong is told to who asks for the guest."""
+        reason = "it was stopped"
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._cancel_on_stop, nursery.cancel_scope)
+                reason = await self._live()
+                nursery.cancel_scope.cancel()
+        except Exception as error:
+            cause = _single(error)
+            reason = str(cause) or type(cause).__name__
+            self._failure = cause
+            log.error("the VM did not start: %s", reason, exc_info=cause)
+        finally:
+            self._decided.set()
+            self._ended.set()
+            self._sandbox.life_ended(self, reason, asked_for=self._stop.is_set())
+
+    async def _cancel_on_stop(self, scope: trio.CancelScope) -> None:
+        await self._stop.wait()
+        scope.cancel()
+
+    async def _live(self) -> str:
+        origin, sandbox = self.origin, self._sandbox
+        with SandboxPlacement(sandbox.id, origin) as placement:
+            self.netns = placement.netns_path
+            sandbox.remember_cgroups(placement.cgroup_dirs)
+            sandbox.share.open()
+            async with Guest(
+                origin.config,
+                sandbox.id,
+                placement=placement.vmm,
+                timeline=sandbox.timeline,
+                on_process=sandbox.remember_process,
+            ) as guest:
+                await guest.boot(list(origin.storages), origin.hostname, list(origin.dns))
+                self._guest = guest
+                log.info("guest is up: %s", sandbox.timeline)
+                self._decided.set()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(sandbox.watch_oom, guest)
+                    reason = await guest.wait_lost()
+                    nursery.cancel_scope.cancel()
+                return reason
+
+
+def _single(error: Exception) -> Exception:
+    """The one error in nested groups, or the group itself."""
+    while isinstance(error, BaseExceptionGroup):
+        inner = [e for e in error.exceptions if isinstance(e, Exception)]
+        if not inner:
+            break
+        error = inner[0]
+    return error

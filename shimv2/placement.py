@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where on the host a sandbox lives: its network namespace and its cgroups."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from ttrpc.errors import Code, RpcError
+
+from shimv2.cgroups import SandboxCgroups
+from shimv2.namespaces import is_host_network, new_network_namespace, open_network_namespace
+from vmm.hypervisor import Placement
+
+if TYPE_CHECKING:
+    from shimv2.life import Origin
+
+log = logging.getLogger("sandbox")
+
+
+class SandboxPlacement:
+    """Holds the namespace and the cgroups open; leaving the ``with`` block lets go of both.
+
+    Attributes:
+        vmm: what the VMM is started with.
+        netns_path: where hooks find the pod's network namespace.
+        cgroup_dirs: made here, innermost first.
+    """
+
+    def __init__(self, sandbox_id: str, origin: Origin) -> None:
+        self._id = sandbox_id
+        self._origin = origin
+        self._fd = -1
+        self._cgroups: SandboxCgroups | None = None
+        self.vmm = Placement()
+        self.netns_path = ""
+        self.cgroup_dirs: list[str] = []
+
+    def __enter__(self) -> Self:
+        wanted = self._origin.netns
+        if not wanted:
+            self._fd = new_network_namespace()
+        elif is_host_network(wanted):
+            raise RpcError(
+                Code.INVALID_ARGUMENT,
+                f"network namespace {wanted!r} is the host's own; a sandbox can't share it",
+            )
+        else:
+            self._fd = open_network_namespace(wanted)
+        self.netns_path = wanted or f"/proc/{os.getpid()}/fd/{self._fd}"
+        try:
+            self._cgroups = SandboxCgroups(
+                self._id,
+                self._origin.cgroups_path,
+                sandbox_only=self._origin.config.runtime.sandbox_cgroup_only,
+            )
+            self._cgroups.create()
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self.cgroup_dirs = [str(path) for path in self._cgroups.directories]
+        self.vmm = Placement(
+            netns=Path(f"/proc/self/fd/{self._fd}"), cgroup_procs=self._cgroups.procs_files()
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._fd)
+        if self._cgroups is not None:
+            self._cgroups.delete()

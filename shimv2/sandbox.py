@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sandbox: one VM, the containers in it, and when either begins and ends.
+
+Everything that containerd asks ends here.  Nothing in this file speaks a protocol.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import trio
+from google.protobuf import timestamp_pb2
+from ttrpc.errors import Code, RpcError
+
+from shimv2 import spec as oci
+from shimv2 import volumes
+from shimv2.api import task_events_pb2
+from shimv2.bootstrap import config_path_of
+from shimv2.config import apply_annotations, load_config
+from shimv2.container import Container
+from shimv2.events import EventPublisher
+from shimv2.guest import Guest
+from shimv2.life import Life, Origin
+from shimv2.pause import PauseContainer
+from shimv2.process import LOST_STATUS, Process
+from shimv2.share import Share
+from shimv2.state import SandboxRecord, share_dir
+from shimv2.stats import Metrics, host_is_unified, to_containerd
+from shimv2.timeline import Timeline
+
+log = logging.getLogger("sandbox")
+
+
+@dataclass(frozen=True, slots=True)
+class SandboxSettings:
+    """What `start` knew.
+
+    Attributes:
+        options: serialized Any with the runtime options, b"" for none.
+        host_mounts: descriptor of the host's mount namespace, for hooks and loggers.
+    """
+
+    namespace: str
+    sandbox_id: str
+    bundle: str
+    containerd: str
+    socket: str
+    options: bytes
+    host_mounts: int
+
+
+class Sandbox:
+    """See the module's docstring.  An async context manager that owns every task below it.
+
+    Attributes:
+        created_at, exited_at: nanoseconds since the epoch, 0 if not yet.
+        exit_status: of the sandbox as a whole: 0, or 255 if its guest was lost.
+    """
+
+    def __init__(self, settings: SandboxSettings, events: EventPublisher, timeline: Timeline):
+        self.settings = settings
+        self.id = settings.sandbox_id
+        self.events = events
+        self.timeline = timeline
+        self.containers: dict[str, Container] = {}
+        self.share = Share(share_dir(self.id))
+        self.created_at = 0
+        self.exited_at = 0
+        self.exit_status = 0
+        self.pid = 0
+        self.nursery: trio.Nursery
+        self._nursery_manager: Any = None
+        self._record = SandboxRecord.load(self.id) or SandboxRecord(
+            self.id, settings.namespace, settings.containerd, settings.socket
+        )
+        self._life: Life | None = None
+        self._launch_error: Exception | None = None
+        self._by_api = False  # made by CreateSandbox, ended by ShutdownSandbox alone
+        self._shutdown = trio.Event()
+        self._ended = trio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._nursery_manager = trio.open_nursery()
+        self.nursery = await self._nursery_manager.__aenter__()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.nursery.cancel_scope.cancel()
+        await self._nursery_manager.__aexit__(kind, error, trace)
+        self.share.close()
+
+    # --- the VM -------------------------------------------------------------------------
+
+    @property
+    def is_running(self) -> bool:
+        """The guest is up and was not lost or stopped."""
+        return self._life is not None and self._life.is_running
+
+    def start_early(self) -> None:
+        """Launch the VM now if all that it depends on is known (DESIGN decision 2).
+
+        What fails here is reported by Create, which has a way to answer.
+        """
+        if not Path(self.settings.bundle, "config.json").exists():
+            return
+        try:
+            spec = oci.load(Path(self.settings.bundle))
+            self._launch(self._origin(spec, self.settings.options))
+        except Exception as error:
+            log.info("no early start: %s", error)
+            self._launch_error = error
+
+    def _origin(self, spec: oci.Spec, options: bytes) -> Origin:
+        path, _ = config_path_of(options)
+        config = load_config(Path(path) if path else None)
+        config = apply_annotations(config, spec.annotations)
+        return Origin(
+            config=config,
+            netns=spec.netns or "",
+            hostname=spec.hostname,
+            cgroups_path=spec.cgroups_path,
+            dns=tuple(volumes.dns_lines(spec)),
+            storages=tuple(volumes.sandbox_storages(spec)),
+        )
+
+    def _launch(self, origin: Origin) -> None:
+        for warning in origin.config.warnings:
+            log.warning("%s", warning)
+        self._launch_error = None
+        self._life = Life(self, origin)
+        self.nursery.start_soon(self._life.run)
+
+    async def _ensure_launched(self, spec: oci.Spec, options: bytes) -> Life:
+        """The VM for this origin: the early one if it fits, else a new one."""
+        if self._shutdown.is_set():
+            raise RpcError(Code.FAILED_PRECONDITION, f"sandbox {self.id!r} is shutting down")
+        first = not self.containers and not self._by_api
+        if first and self._life is not None and options != self.settings.options:
+            origin = self._origin(spec, options)
+            if origin != self._life.origin:
+                log.info("Create brings other options: the early VM is thrown away")
+                await self._life.stop()
+                self._life = None
+        if self._life is None:
+            self._launch(self._origin(spec, options or self.settings.options))
+        assert self._life is not None
+        return self._life
+
+    async def guest(self) -> Guest:
+        """The booted guest; waits for it.
+
+        Raises:
+            VmmError, RpcError: why there is none.
+        """
+        if self._life is None:
+            raise RpcError(Code.FAILED_PRECONDITION, f"sandbox {self.id!r} has no VM yet")
+        return await self._life.guest()
+
+    def remember_process(self, name: str, pid: int) -> None:
+        """A helper that `delete` must find should this shim be killed."""
+        if name == "vmm":
+            self.pid = pid
+        self._record.add_process(name, pid)
+        self._record.save()
+
+    def remember_cgroups(self, paths: list[str]) -> None:
+        """Cgroups to remove at the end, innermost first."""
+        self._record.cgroups = paths
+        self._record.save()
+
+    def life_ended(self, life: Life, reason: str, *, asked_for: bool) -> None:
+        """The VM is gone: so is everything that ran in it."""
+        if life is not self._life:
+            return
+        if not asked_for:
+            log.error("sandbox lost: %s", reason)
+            self.exit_status = LOST_STATUS
+        for container in self.containers.values():
+            container.guest_lost()
+        self.exited_at = time.time_ns()
+        self._ended.set()
+
+    # --- the Sandbox API ----------------------------------------------------------------
+
+    async def create_sandbox(self, request: Any) -> None:
+        """CreateSandbox: the netns path comes only with this call."""
+        if self._life is not None or self._by_api:
+            raise RpcError(Code.ALREADY_EXISTS, f"sandbox {self.id!r} already exists")
+        spec = _sandbox_spec(
+            Path(request.bundle_path or self.settings.bundle),
+            request.netns_path,
+            dict(request.annotations),
+        )
+        self._by_api = True
+        self._launch(self._origin(spec, self.settings.options))
+
+    async def start_sandbox(self) -> None:
+        """StartSandbox: returns when the guest is up."""
+        if not self._by_api:
+            raise RpcError(
+                Code.FAILED_PRECONDITION,
+                f"sandbox {self.id!r} is not created (failed precondition)",
+            )
+        await self.guest()
+        self.created_at = self.created_at or time.time_ns()
+
+    async def facts(self) -> dict[str, str]:
+        """Verbose information for SandboxStatus."""
+        if not self.is_running:
+            return {}
+        return await (await self.guest()).metrics()
+
+    async def sandbox_stats(self) -> Metrics:
+        """The sum of what the containers use, as the guest counts it."""
+        if not self.is_running:
+            raise RpcError(Code.FAILED_PRECONDITION, f"sandbox {self.id!r} is not running")
+        return to_containerd(
+            await (await self.guest()).sandbox_stats(list(self.containers)),
+            unified=host_is_unified(),
+        )
+
+    async def wait_ended(self) -> None:
+        """Until the VM is gone, by whoever."""
+        await self._ended.wait()
+
+    async def stop(self) -> None:
+        """End the VM and all in it.  Idempotent."""
+        if self._life is not None:
+            await self._life.stop()
+
+    async def shutdown(self, *, now: bool, container_id: str = "") -> None:
+        """End the shim, unless others still live in it.
+
+        Args:
+            now: end it whatever lives in it.
+            container_id: on whose behalf; it may itself still be there.
+        """
+        others = [name for name in self.containers if name != container_id]
+        if not now and (others or (self._by_api and self.is_running)):
+            return
+        self._shutdown.set()
+
+    async def wait_shutdown(self) -> None:
+        """Until somebody asked for the end of the shim."""
+        await self._shutdown.wait()
+
+    # --- containers ---------------------------------------------------------------------
+
+    def find(self, container_id: str, exec_id: str = "") -> tuple[Container, Process]:
+        """A container and one of its processes.
+
+        Raises:
+            RpcError: NotFound, naming the one that is missing.
+        """
+        container = self.containers.get(container_id)
+        if container is None:
+            raise RpcError(Code.NOT_FOUND, f"container {container_id!r} does not exist")
+        return container, container.process(exec_id)
+
+    async def create(self, request: Any) -> None:
+        """Create a container; the first one waits for the VM."""
+        if request.id in self.containers:
+            raise RpcError(Code.ALREADY_EXISTS, f"container {request.id!r} already exists")
+        if (
+            self._launch_error is not None
+            and self._life is None
+            and not request.HasField("options")
+        ):
+            error, self._launch_error = self._launch_error, None
+            raise error
+        spec = oci.load(Path(request.bundle))
+        options = request.options.SerializeToString() if request.HasField("options") else b""
+        life = await self._ensure_launched(spec, options)
+        process = Process(
+            container_id=request.id,
+            exec_id="",
+            namespace=self.settings.namespace,
+            terminal=request.terminal,
+            stdin=request.stdin,
+            stdout=request.stdout,
+            stderr=request.stderr,
+        )
+        kind = PauseContainer if spec.kind is oci.ContainerKind.SANDBOX else Container
+        container = kind(self, spec, request.bundle, process)
+        self.containers[request.id] = container
+        try:
+            await container.create(life, list(request.rootfs))
+        except BaseException:
+            del self.containers[request.id]
+            with trio.CancelScope(shield=True):
+                await container.release()
+                if not self.containers and not self._by_api:
+                    await life.stop()
+            raise
+        self.created_at = self.created_at or time.time_ns()
+        event = task_events_pb2.TaskCreate(
+            container_id=request.id,
+            bundle=request.bundle,
+            rootfs=request.rootfs,
+            checkpoint=request.checkpoint,
+            pid=self.pid,
+        )
+        event.io.stdin, event.io.stdout, event.io.stderr = (
+            request.stdin,
+            request.stdout,
+            request.stderr,
+        )
+        event.io.terminal = request.terminal
+        self.events.publish(event)
+        container.watch()
+        self.timeline.mark("container-created")
+
+    async def delete(self, container_id: str, exec_id: str) -> Process:
+        """Remove a container or an exec that does not run; returns it for its status."""
+        container, process = self.find(container_id, exec_id)
+        if exec_id:
+            await container.delete_exec(process)
+            return process
+        await container.delete()
+        self.containers.pop(container_id, None)
+        if not self.containers and not self._by_api:
+            await self.stop()  # so that no process is left when containerd goes on
+        self.events.publish(
+            task_events_pb2.TaskDelete(
+                container_id=container_id,
+                pid=self.pid,
+                exit_status=process.exit_status,
+                exited_at=_timestamp(process.exited_at),
+            )
+        )
+        return process
+
+    async def start(self, container_id: str, exec_id: str) -> None:
+        """Start init, or an exec that was added."""
+        container, process = self.find(container_id, exec_id)
+        if exec_id:
+            await container.start_exec(process)
+        else:
+            await container.start()
+            self.timeline.mark("container-started")
+            log.info("container %s started: %s", container_id, self.timeline)
+
+    def init_exited(self, container: Container) -> None:
+        """The sandbox's own container ends the VM, without waiting for its Delete."""
+        if container.id == self.id and not self._by_api and self._life is not None:
+            self.nursery.start_soon(self._life.stop)
+
+    async def stats(self, container_id: str) -> Metrics:
+        """A container's statistics in the host's cgroup version."""
+        container, _ = self.find(container_id)
+        return to_containerd(await container.stats(), unified=host_is_unified())
+
+    async def watch_oom(self, guest: Guest) -> None:
+        """Publish TaskOOM for each container the guest's kernel killed in."""
+        with contextlib.suppress(RpcError):
+            while True:
+                container_id = await guest.next_oom()
+                if container_id in self.containers:
+                    self.events.publish(task_events_pb2.TaskOOM(container_id=container_id))
+
+
+def _sandbox_spec(bundle: Path, netns: str, annotations: dict[str, str]) -> oci.Spec:
+    """The spec of a sandbox without a container: config.json may be absent or nearly empty."""
+    try:
+        document = dict(oci.load(bundle).json)
+    except FileNotFoundError:
+        document = {}
+    document["annotations"] = {**(document.get("annotations") or {}), **annotations}
+    if netns:
+        linux = dict(document.get("linux") or {})
+        others = [n for n in linux.get("namespaces") or [] if n.get("type") != "network"]
+        linux["namespaces"] = [*others, {"type": "network", "path": netns}]
+        document["linux"] = linux
+    return oci.Spec(document, bundle)
+
+
+def _timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:
+    stamp = timestamp_pb2.Timestamp()
+    stamp.FromNanoseconds(nanoseconds)
+    return stamp

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a sandbox lies on the host's file system, and how to end it from outside.
+
+``delete`` is a fresh process: all that it knows is here.  A record names processes by pid
+*and* start time, so that a recycled pid is never killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import select
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+SANDBOXES = Path("/run/vc/sbs")
+VMS = Path("/run/vc/vm")
+SHARES = Path("/run/kata-containers/shared/sandboxes")
+
+_KILL_LIMIT = 4.0  # containerd gives `delete` 5 s in all
+
+
+def sandbox_dir(sandbox_id: str) -> Path:
+    """The shim's own state: state.json."""
+    return SANDBOXES / sandbox_id
+
+
+def vm_dir(sandbox_id: str) -> Path:
+    """Sockets of the VMM and its helpers."""
+    return VMS / sandbox_id
+
+
+def share_dir(sandbox_id: str) -> Path:
+    """What the guest sees through virtio-fs."""
+    return SHARES / sandbox_id
+
+
+def start_time(pid: int) -> int | None:
+    """Clock ticks after boot at which `pid` started; None if there is no such process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    # The command name may hold spaces and parentheses; field 22 counts from its last ")".
+    fields = stat[stat.rindex(b")") + 2 :].split()
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+class SandboxRecord:
+    """``/run/vc/sbs/SID/state.json``, written by the shim, read by whoever cleans up.
+
+    Attributes:
+        namespace, containerd: whose sandbox it is (containerd's namespace and address).
+        socket: path of the shim's ttrpc socket.
+        processes: name → (pid, start time) of the shim and each helper.
+        cgroups: directories to remove at the end, innermost first.
+    """
+
+    def __init__(self, sandbox_id: str, namespace: str, containerd: str, socket_path: str) -> None:
+        self.sandbox_id = sandbox_id
+        self.namespace = namespace
+        self.containerd = containerd
+        self.socket = socket_path
+        self.processes: dict[str, tuple[int, int]] = {}
+        self.cgroups: list[str] = []
+
+    @property
+    def path(self) -> Path:
+        return sandbox_dir(self.sandbox_id) / "state.json"
+
+    def add_process(self, name: str, pid: int) -> None:
+        """Remember a process under `name`; one that is gone already is left out."""
+        started = start_time(pid)
+        if started is not None:
+            self.processes[name] = (pid, started)
+
+    def save(self) -> None:
+        """Write the record so that a reader sees the old or the new one, never a part."""
+        data = {k: v for k, v in vars(self).items() if k != "sandbox_id"}
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(data))
+        temporary.rename(self.path)
+
+    @classmethod
+    def load(cls, sandbox_id: str) -> SandboxRecord | None:
+        """The record of a sandbox, or None where there is none that can be read."""
+        try:
+            data: dict[str, Any] = json.loads((sandbox_dir(sandbox_id) / "state.json").read_text())
+            record = cls(sandbox_id, data["namespace"], data["containerd"], data["socket"])
+            record.processes = {k: (int(p), int(t)) for k, (p, t) in data["processes"].items()}
+            record.cgroups = [str(path) for path in data["cgroups"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return record
+
+    def shim_alive(self) -> bool:
+        """Whether the shim that owns this sandbox still runs."""
+        pid, started = self.processes.get("shim", (0, 0))
+        return pid > 0 and start_time(pid) == started
+
+
+class SandboxInUseError(Exception):
+    """A running sandbox has this id already, in another namespace or containerd."""
+
+
+def claim(record: SandboxRecord) -> None:
+    """Make the sandbox's state directory ours.  What a dead shim left is cleared first.
+
+    Raises:
+        SandboxInUseError: a living shim owns the id.
+    """
+    SANDBOXES.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for _ in range(2):
+        try:
+            sandbox_dir(record.sandbox_id).mkdir(mode=0o700)
+        except FileExistsError:
+            other = SandboxRecord.load(record.sandbox_id)
+            if other is not None and other.shim_alive():
+                raise SandboxInUseError(
+                    f"sandbox id {record.sandbox_id!r} is in use by namespace "
+                    f"{other.namespace!r} of containerd at {other.containerd!r}"
+                ) from None
+            remove_sandbox(record.sandbox_id)
+            continue
+        record.save()
+        return
+    raise SandboxInUseError(f"sandbox id {record.sandbox_id!r} is being started twice")
+
+
+def kill_processes(processes: dict[str, tuple[int, int]], limit: float = _KILL_LIMIT) -> list[str]:
+    """SIGKILL each process that still is the one recorded, and wait for its end.
+
+    Returns:
+        The names of those that live on after `limit` seconds (uninterruptible in the kernel).
+    """
+    open_fds: dict[int, str] = {}
+    poller = select.poll()
+    # The shim first: its helpers die with it, and it can start no new one.
+    for name, (pid, started) in sorted(processes.items(), key=lambda item: item[0] != "shim"):
+        if pid == os.getpid():
+            continue
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            continue
+        if start_time(pid) != started:
+            os.close(fd)
+            continue
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        poller.register(fd, select.POLLIN)
+        open_fds[fd] = name
+    deadline = time.monotonic() + limit
+    while open_fds and (left := deadline - time.monotonic()) > 0:
+        for fd, _ in poller.poll(left * 1000):
+            poller.unregister(fd)
+            os.close(fd)
+            del open_fds[fd]
+    for fd in open_fds:
+        os.close(fd)
+    return list(open_fds.values())
+
+
+def remove_sandbox(sandbox_id: str) -> list[str]:
+    """End whatever is left of a sandbox and remove its files.  Idempotent.
+
+    Returns:
+        What could not be removed, one phrase each.
+    """
+    left: list[str] = []
+    record = SandboxRecord.load(sandbox_id)
+    if record is not None:
+        left += [f"process {name}" for name in kill_processes(record.processes)]
+        for cgroup in record.cgroups:
+            left += _remove_cgroup(cgroup)
+        if record.socket:
+            remove_socket(record.socket)
+    for directory in (vm_dir(sandbox_id), share_dir(sandbox_id), sandbox_dir(sandbox_id)):
+        left += remove_tree(directory)
+    return left
+
+
+def remove_socket(path: str) -> None:
+    """Remove a unix socket unless somebody listens there again."""
+    try:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(path)
+    except ConnectionRefusedError:
+        Path(path).unlink(missing_ok=True)
+    except OSError:
+        pass
+    # else: a successor of ours listens there, so it stays
+
+
+def remove_tree(directory: Path) -> list[str]:
+    """Remove a directory tree without ever crossing a mount: those are detached first."""
+    if not directory.exists():
+        return []
+    _detach_mounts_below(directory)
+    left: list[str] = []
+    device = directory.lstat().st_dev
+    for root, names, files in os.walk(directory, topdown=False):
+        for name in files + names:
+            path = Path(root, name)
+            try:
+                if path.lstat().st_dev != device:
+                    left.append(f"{path}: still mounted")
+                elif path.is_dir() and not path.is_symlink():
+                    path.rmdir()
+                else:
+                    path.unlink()
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY):
+                    left.append(f"{path}: {error.strerror}")
+    try:
+        directory.rmdir()
+    except OSError as error:
+        left.append(f"{directory}: {error.strerror}")
+    return left
+
+
+def _detach_mounts_below(directory: Path) -> None:
+    mounted = []
+    prefix = str(directory)
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        point = line.split(" ", 5)[4].encode().decode("unicode_escape")
+        if point == prefix or point.startswith(prefix + "/"):
+            mounted.append(point)
+    if mounted:
+        from shimv2.mounts import umount_detached
+
+        for point in reversed(mounted):
+            umount_detached(Path(point))
+
+
+def _remove_cgroup(path: str) -> list[str]:
+    try:
+        os.rmdir(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [f"cgroup {path}: {error.strerror}"]
+    return []
