@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from shimv2 import cli
+from shimv2.api import introspection_pb2
+
+
+def test_flags_as_go_writes_them():
+    args = cli.Arguments(
+        ["-namespace", "ns", "-id", "c1", "--address=/run/c.sock", "-debug", "-publish-binary", "x",
+         "start"]
+    )  # fmt: skip
+    assert (args.namespace, args.id, args.address, args.debug) == ("ns", "c1", "/run/c.sock", True)
+    assert args.action == "start"
+
+
+@pytest.mark.parametrize(
+    ("argv", "needle"),
+    [
+        (["-nonsense", "start"], "-nonsense"),
+        (["-id"], "-id"),
+        (["-namespace", "ns", "-id", "a/b", "start"], "'a/b'"),
+        (["-namespace", "ns", "-id", "a" * 300, "start"], "300"),
+        (["-namespace", "", "-id", "c1", "start"], "-namespace"),
+        (["-namespace", "ns", "-id", ".hidden", "delete"], ".hidden"),
+        (["-namespace", "ns", "-id", "..", "delete"], "'..'"),
+    ],
+)
+def test_bad_command_lines_name_the_flag_and_the_value(argv, needle):
+    with pytest.raises(cli.UsageError, match=re.escape(needle)):
+        cli.run(argv)
+
+
+def test_no_action_prints_usage(capsys):
+    assert cli.run([]) == 1
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_version_and_help(capsys):
+    assert cli.run(["-v"]) == 0
+    assert cli.run(["-help"]) == 0
+    assert "Version:" in capsys.readouterr().out
+
+
+def test_info_is_a_runtime_info(capfdbinary, monkeypatch):
+    monkeypatch.setattr(cli.bootstrap, "read_stdin", lambda: b"")
+    assert cli.run(["-info"]) == 0
+    info = introspection_pb2.RuntimeInfo.FromString(capfdbinary.readouterr().out)
+    assert info.name == "io.containerd.kata.v2"
+    assert info.version.version
+
+
+@pytest.mark.parametrize("key", cli.GROUP_ANNOTATIONS)
+def test_the_group_comes_from_the_annotations(tmp_path, key):
+    (tmp_path / "config.json").write_text(json.dumps({"annotations": {key: "pod1"}}))
+    assert cli.group_of(str(tmp_path), "c1") == "pod1"
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"annotations": 3}', '{"annotations": null}'])
+def test_a_bundle_that_says_nothing_is_its_own_group(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert cli.group_of(str(tmp_path), "c1") == "c1"
+
+
+def test_a_group_that_is_no_identifier_is_refused(tmp_path):
+    text = json.dumps({"annotations": {"io.kubernetes.cri.sandbox-id": "../../etc"}})
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(cli.UsageError, match="etc"):
+        cli.group_of(str(tmp_path), "c1")
