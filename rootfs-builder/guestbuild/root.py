@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base root: Debian packages unpacked, thinned out and compiled; without the agent."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from guestbuild import digest, tree, wheel
+from guestbuild.apt import acquire_options
+from guestbuild.command import run
+from guestbuild.description import Description
+from guestbuild.errors import BuildError
+from guestbuild.progress import Progress
+from guestbuild.sources import Archive
+
+LIBRARY = "/usr/lib/pykata"  # our packages and their dependencies, in the guest
+# Mount points that the agent needs on the read-only root.
+_DIRECTORIES = ("/dev", "/proc", "/sys", "/run", "/tmp", "/var", "/mnt", "/root", "/etc", LIBRARY)
+
+
+class Root:
+    """A cached base root: `tree/` and `packages.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree = folder / "tree"
+        self._record = folder / "packages.json"
+
+    def packages(self) -> dict[str, str]:
+        """Versions of what is in it, by package name (wheels as `pypi:NAME`)."""
+        found: dict[str, str] = json.loads(self._record.read_text())
+        return found
+
+    def complete(self) -> bool:
+        return self._record.exists()
+
+    def finish(self, packages: dict[str, str]) -> None:
+        self._record.write_text(json.dumps(packages, indent=1, sort_keys=True) + "\n")
+
+
+def python_version(root: Path) -> str:
+    """The guest's Python, such as `3.13`.
+
+    Raises:
+        BuildError: There is not exactly one.
+    """
+    found = [
+        match[1]
+        for path in (root / "usr/bin").glob("python3.*")
+        if (match := re.fullmatch(r"python(3\.\d+)", path.name))
+    ]
+    if len(found) != 1:
+        raise BuildError(f"the guest needs exactly one Python, not {found or 'none'}")
+    return found[0]
+
+
+def compile_tree(root: Path, folder: str) -> None:
+    """Compile a folder's Python to bytecode, by the guest's own interpreter.
+
+    The pycs are of the unchecked-hash kind: a start never looks at a source's time or content.
+    The hash seed is fixed, as the order of a frozenset's members is written into them.
+    """
+    python = f"/usr/bin/python{python_version(root)}"
+    environment = ["/usr/bin/env", "-i", "PYTHONHASHSEED=0", "LC_ALL=C.UTF-8"]
+    options = ["-q", "--invalidation-mode", "unchecked-hash", "-x", r"/tests?/|/lib2to3/"]
+    run(
+        [
+            *environment,
+            "/usr/sbin/chroot",
+            root,
+            python,
+            "-sS",
+            "-m",
+            "compileall",
+            *options,
+            folder,
+        ]
+    )
+
+
+def build(
+    description: Description, archive: Archive, cache: Path, progress: Progress, *, refresh: bool
+) -> Root:
+    """The base root of a description; from the cache if it is there."""
+    key = digest.of_value(
+        [
+            *(archive.lines, description.packages, description.wheels, description.directories),
+            *(description.symlinks, description.remove, description.keep),
+            digest.of_builder("root", "tree", "wheel"),
+        ]
+    )
+    folder = cache / "roots" / key
+    root = Root(folder)
+    if root.complete() and not refresh:
+        progress.note(f"base root {key}: as built before")
+        return root
+    work = folder.with_name(folder.name + ".new")
+    for old in (work, folder):
+        if old.exists():
+            shutil.rmtree(old)
+    work.mkdir(parents=True)
+    fresh = Root(work)
+    with progress.step(f"base root: {len(description.packages)} packages of {description.suite}"):
+        packages = _unpack(description, archive, fresh.tree)
+    with progress.step("base root: wheels, removals, bytecode"):
+        python = python_version(fresh.tree)
+        library = fresh.tree / LIBRARY.lstrip("/")
+        library.mkdir(parents=True, exist_ok=True)
+        for path in wheel.fetch(description.wheels, python, cache):
+            wheel.unpack(path, library)
+            name, number = wheel.version(path)
+            packages[f"pypi:{name}"] = number
+        tree.prune(fresh.tree, description.remove, description.keep)
+        for directory in (*_DIRECTORIES, *description.directories):
+            tree.inside(fresh.tree, directory).mkdir(parents=True, exist_ok=True)
+        for link, target in description.symlinks:
+            place = tree.inside(fresh.tree, link)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.unlink(missing_ok=True)
+            place.symlink_to(target)
+        compile_tree(fresh.tree, f"/usr/lib/python{python}")
+        compile_tree(fresh.tree, LIBRARY)
+    fresh.finish(packages)
+    work.rename(folder)
+    return root
+
+
+def _unpack(description: Description, archive: Archive, target: Path) -> dict[str, str]:
+    """Unpack packages and what they depend on; no maintainer script runs."""
+    listing = target.parent / "archives.txt"
+    options = [
+        "--variant=extract",
+        "--mode=root",
+        "--quiet",
+        f"--include={','.join(description.packages)}",
+        '--aptopt=APT::Install-Recommends "false"',
+        f'--extract-hook=cd "$1"/var/cache/apt/archives && ls *.deb > {listing}',
+        *(f"--aptopt={line}" for line in acquire_options()),
+    ]
+    run(["mmdebstrap", *options, archive.suite, target, *archive.lines])
+    return dict(_deb_name(name) for name in listing.read_text().split())
+
+
+def _deb_name(file_name: str) -> tuple[str, str]:
+    """`libc6_2.41-12_amd64.deb` to (`libc6`, `2.41-12`)."""
+    name, version, _ = file_name.split("_")
+    return name, version.replace("%3a", ":")
