@@ -1,0 +1,539 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stdio with real fifos, files and loggers; the guest's end is one half of a socket pair."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import socket
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trio
+
+from shimv2 import endpoints
+from shimv2.stdio import Stdio, StdioError
+
+
+class SocketReader:
+    """A guest stream whose bytes lie in a socket, as a vsock channel hands it out."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        sock.setblocking(False)
+
+    @property
+    def fd(self) -> int | None:
+        return self._sock.fileno()
+
+    async def read(self, limit: int) -> bytes:
+        raise AssertionError("a stream with a descriptor is spliced")
+
+    async def delivered(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def aclose(self) -> None:
+        trio.lowlevel.notify_closing(self._sock)
+        self._sock.close()
+        await trio.lowlevel.checkpoint()
+
+
+class RpcReader:
+    """A guest stream read call by call."""
+
+    fd = None
+
+    def __init__(self) -> None:
+        self.send, self.receive = trio.open_memory_channel[bytes](100)
+
+    async def read(self, limit: int) -> bytes:
+        try:
+            return await self.receive.receive()
+        except trio.EndOfChannel:
+            return b""
+
+    async def delivered(self) -> None:
+        while self.receive.statistics().current_buffer_used:
+            await trio.testing.wait_all_tasks_blocked()
+
+    async def aclose(self) -> None:
+        self.receive.close()
+
+
+class Collector:
+    """A guest's stdin."""
+
+    def __init__(self, *, refuse: bool = False) -> None:
+        self.data = b""
+        self.ended = trio.Event()
+        self.grew = trio.Event()
+        self._refuse = refuse
+
+    async def write(self, data: bytes) -> None:
+        if self._refuse:
+            raise trio.BrokenResourceError
+        self.data += data
+        self.grew.set()
+        self.grew = trio.Event()
+
+    async def aclose(self) -> None:
+        self.ended.set()
+
+    async def until(self, wanted: bytes) -> None:
+        while self.data != wanted:
+            await self.grew.wait()
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Callable[[str], Path]:
+    def make(name: str) -> Path:
+        os.mkfifo(tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_open() -> object:
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    left = set(os.listdir("/proc/self/fd")) - before
+    assert len(left) <= 1, {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in left if fd != "x"}
+
+
+def make(stdin: str = "", stdout: str = "", stderr: str = "", *, terminal: bool = False) -> Stdio:
+    return Stdio(
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        terminal=terminal,
+        container_id="web",
+        namespace="default",
+    )
+
+
+def guest_stream() -> tuple[socket.socket, SocketReader]:
+    guest, host = socket.socketpair()
+    guest.setblocking(False)
+    return guest, SocketReader(host)
+
+
+async def send(guest: socket.socket, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[guest.send(view) :]
+        except BlockingIOError:
+            await trio.lowlevel.wait_writable(guest)
+
+
+async def receive(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        try:
+            chunk = os.read(fd, size - len(data))
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(fd)
+            continue
+        assert chunk, "end of the fifo"
+        data += chunk
+    return data
+
+
+async def test_output_reaches_each_fifo_and_ends_with_the_stream(fifo) -> None:
+    out_path, err_path = fifo("out"), fifo("err")
+    out = os.open(out_path, os.O_RDONLY | os.O_NONBLOCK)
+    err = os.open(err_path, os.O_RDONLY | os.O_NONBLOCK)
+    (guest_out, out_reader), (guest_err, err_reader) = guest_stream(), guest_stream()
+    async with make(stdout=str(out_path), stderr=f"fifo://{err_path}") as stdio:
+        await stdio.open()
+        stdio.start(None, out_reader, err_reader)
+        await send(guest_out, b"to out")
+        await send(guest_err, b"to err")
+        with trio.fail_after(5):
+            assert await receive(out, 6) == b"to out"
+            assert await receive(err, 6) == b"to err"
+        guest_out.close()
+        with trio.fail_after(5):
+            await trio.lowlevel.wait_readable(out)
+        assert os.read(out, 1) == b""  # the client sees the end while stderr lives on
+    assert os.read(err, 1) == b""
+    guest_err.close()
+    os.close(out)
+    os.close(err)
+
+
+async def test_a_writer_waits_while_nobody_reads_and_goes_on_when_one_comes(fifo) -> None:
+    path = fifo("out")
+    guest, reader = guest_stream()
+    data = os.urandom(8 << 20)
+    async with make(stdout=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(None, reader, None)
+        async with trio.open_nursery() as nursery:
+            sent = trio.Event()
+
+            async def writer() -> None:
+                await send(guest, data)
+                sent.set()
+
+            nursery.start_soon(writer)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not sent.is_set()
+            with trio.fail_after(20):
+                # One reader takes a little and leaves, the next takes up where it left.
+                first = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                got = await receive(first, 100_000)
+                os.close(first)
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                second = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+                got += await receive(second, len(data) - len(got))
+                os.close(second)
+                await sent.wait()
+    guest.close()
+    assert hashlib.sha256(got).digest() == hashlib.sha256(data).digest()
+
+
+async def test_drained_means_in_the_fifo_though_the_stream_stays_open(fifo) -> None:
+    path = fifo("out")
+    out = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    guest, reader = guest_stream()
+    async with make(stdout=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(None, reader, None)
+        guest.send(b"last words")
+        with trio.fail_after(5):
+            await stdio.drained(timeout=4)
+        assert os.read(out, 100) == b"last words"
+        guest.send(b"a descendant's")
+        with trio.fail_after(5):
+            assert await receive(out, 14) == b"a descendant's"
+    guest.close()
+    os.close(out)
+
+
+async def test_drained_is_bounded_when_nobody_reads(fifo, caplog) -> None:
+    path = fifo("out")
+    guest, reader = guest_stream()
+    async with make(stdout=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(None, reader, None)
+        with trio.move_on_after(1):
+            await send(guest, bytes(4 << 20))
+        with trio.fail_after(5):
+            await stdio.drained(timeout=0.1)
+    guest.close()
+    assert "not taken" in caplog.text
+
+
+async def test_drained_with_a_reader_without_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.touch()
+    reader = RpcReader()
+    async with make(stdout=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(None, reader, None)
+        for _ in range(50):
+            reader.send.send_nowait(b"0123456789")
+        with trio.fail_after(5):
+            await stdio.drained(timeout=4)
+        assert path.read_bytes() == b"0123456789" * 50
+        reader.send.close()
+
+
+async def test_both_streams_share_one_plain_file(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before ")
+    (guest_out, out), (guest_err, err) = guest_stream(), guest_stream()
+    async with make(stdout=str(path), stderr=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(None, out, err)
+        guest_out.send(b"one ")
+        await stdio.drained(timeout=4)
+        guest_out.close()
+        guest_err.send(b"two")
+        await stdio.drained(timeout=4)
+        guest_err.close()
+    assert path.read_text() == "before one two"
+
+
+async def test_file_uri_makes_directories_and_takes_stderr_too(tmp_path: Path) -> None:
+    path = tmp_path / "a b" / "c" / "log"
+    (guest_out, out), (guest_err, err) = guest_stream(), guest_stream()
+    uri = f"file://{tmp_path}/a%20b/c/log"
+    async with make(stdout=uri, stderr="") as stdio:
+        await stdio.open()
+        stdio.start(None, out, err)
+        guest_out.send(b"out")
+        await stdio.drained(timeout=4)
+        guest_err.send(b"err")
+        await stdio.drained(timeout=4)
+    guest_out.close()
+    guest_err.close()
+    assert path.read_text() == "outerr"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+async def test_a_full_disk_is_warned_of_once_and_never_stops_the_process(caplog) -> None:
+    guest, reader = guest_stream()
+    async with make(stdout="/dev/full") as stdio:
+        await stdio.open()
+        stdio.start(None, reader, None)
+        with trio.fail_after(10):
+            await send(guest, bytes(2 << 20))
+            await stdio.drained(timeout=4)
+    guest.close()
+    lost = [r for r in caplog.records if "is lost" in r.message]
+    assert len(lost) == 1
+    assert "/dev/full" in lost[0].message
+
+
+async def test_without_a_sink_output_is_thrown_away() -> None:
+    (guest_out, out), (guest_err, err) = guest_stream(), guest_stream()
+    async with make() as stdio:
+        assert not stdio.wants_stdin
+        await stdio.open()
+        stdio.start(None, out, err)
+        with trio.fail_after(10):
+            await send(guest_out, bytes(1 << 20))
+            await send(guest_err, bytes(1 << 20))
+    guest_out.close()
+    guest_err.close()
+
+
+async def test_an_unknown_scheme_is_a_warning(caplog) -> None:
+    guest, reader = guest_stream()
+    async with make(stdout="ttrpc+unix:///run/x?streaming_id=1") as stdio:
+        await stdio.open()
+        stdio.start(None, reader, None)
+        with trio.fail_after(10):
+            await send(guest, bytes(1 << 20))
+    guest.close()
+    assert "ttrpc+unix" in caplog.text
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+@pytest.mark.parametrize("path", ["/does/not/exist", "/proc/nope", "/"])
+async def test_what_cannot_be_opened_is_named(stream: str, path: str) -> None:
+    async with make(**{stream: path}) as stdio:
+        with pytest.raises(StdioError, match=path):
+            await stdio.open()
+
+
+async def test_stdin_survives_detach_and_ends_with_close_io(fifo) -> None:
+    path = fifo("in")
+    guest = Collector()
+    async with make(stdin=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(guest, None, None)
+        with trio.fail_after(5):
+            for word, so_far in ((b"one", b"one"), (b"two", b"onetwo")):
+                client = os.open(path, os.O_WRONLY)
+                os.write(client, word)
+                os.close(client)
+                await guest.until(so_far)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert not guest.ended.is_set()
+            client = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+            os.write(client, b"three")  # still in the fifo, its writer still open
+            await stdio.close_stdin()
+            await guest.ended.wait()
+        assert guest.data == b"onetwothree"
+        os.close(client)
+
+
+async def test_close_io_before_start(fifo) -> None:
+    path = fifo("in")
+    guest = Collector()
+    async with make(stdin=str(path)) as stdio:
+        await stdio.open()
+        client = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.write(client, b"early")
+        os.close(client)
+        await stdio.close_stdin()
+        stdio.start(guest, None, None)
+        with trio.fail_after(5):
+            await guest.ended.wait()
+    assert guest.data == b"early"
+
+
+async def test_stdin_of_a_process_that_does_not_read(fifo) -> None:
+    path = fifo("in")
+    guest = Collector(refuse=True)
+    async with make(stdin=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(guest, None, None)
+        client = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.write(client, b"x")
+        with trio.fail_after(5):
+            await guest.ended.wait()
+        with pytest.raises(BrokenPipeError):  # the client learns of it
+            os.write(client, b"x")
+        os.close(client)
+
+
+async def test_stdin_from_a_file_ends_by_itself() -> None:
+    guest = Collector()
+    async with make(stdin="/dev/null") as stdio:
+        await stdio.open()
+        stdio.start(guest, None, None)
+        with trio.fail_after(5):
+            await guest.ended.wait()
+
+
+async def test_leaving_the_block_frees_a_blocked_pump(fifo) -> None:
+    path = fifo("out")
+    guest, reader = guest_stream()
+    with trio.fail_after(5):
+        async with make(stdout=str(path)) as stdio:
+            await stdio.open()
+            stdio.start(None, reader, None)
+            with trio.move_on_after(0.2):
+                await send(guest, bytes(8 << 20))
+    guest.close()
+
+
+async def test_a_flood_leaves_room_for_others(fifo) -> None:
+    path = fifo("out")
+    out = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    guest, reader = guest_stream()
+    worst = 0.0
+    async with make(stdout=str(path)) as stdio, trio.open_nursery() as nursery:
+        await stdio.open()
+        stdio.start(None, reader, None)
+        nursery.start_soon(send, guest, bytes(64 << 20))
+        nursery.start_soon(receive_and_drop, out, 64 << 20, nursery.cancel_scope)
+        while True:
+            begin = trio.current_time()
+            await trio.sleep(0.005)
+            worst = max(worst, trio.current_time() - begin - 0.005)
+    guest.close()
+    os.close(out)
+    assert worst < 0.1
+
+
+async def receive_and_drop(fd: int, size: int, scope: trio.CancelScope) -> None:
+    left = size
+    while left:
+        try:
+            left -= len(os.read(fd, 1 << 20))
+        except BlockingIOError:
+            await trio.lowlevel.wait_readable(fd)
+        else:
+            await trio.lowlevel.checkpoint()
+    scope.cancel()
+
+
+async def test_the_fifo_is_enlarged(fifo) -> None:
+    path = fifo("out")
+    sink = endpoints.open_sink(str(path))
+    assert fcntl.fcntl(sink.fd, fcntl.F_GETPIPE_SZ) >= 65536
+    sink.close()
+
+
+LOGGER = """
+import os, signal, sys
+mode, target = sys.argv[2], sys.argv[4]
+if mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if mode == "term":
+    signal.signal(signal.SIGTERM, lambda *_: (open(target, "a").write("term"), sys.exit()))
+if mode == "crash":
+    sys.exit(3)
+with open(target, "w") as log:
+    log.write(repr((sys.argv[1:], os.environ["CONTAINER_ID"], os.environ["CONTAINER_NAMESPACE"],
+                    sorted(map(int, os.listdir("/proc/self/fd")))[:6])) + "\\n")
+    log.flush()
+    if mode == "byte":
+        os.write(5, b"1")
+    os.close(5)
+    if mode in ("stubborn", "term"):
+        signal.pause(); signal.pause()
+    for fd in (3, 4):
+        while data := os.read(fd, 65536):
+            log.write(f"{fd}:{data.decode()}\\n")
+"""
+
+
+@pytest.fixture
+def logger(tmp_path: Path) -> Callable[..., str]:
+    program = tmp_path / "logger"
+    program.write_text(f"#!{sys.executable} -IS\n{LOGGER}")
+    program.chmod(0o755)
+
+    def uri(mode: str, scheme: str = "binary") -> str:
+        return f"{scheme}://{program}?mode={mode}&target={tmp_path}/log"
+
+    return uri
+
+
+@pytest.mark.parametrize(("scheme", "mode"), [("binary", "close"), ("binary-v2", "byte")])
+async def test_a_logger_gets_all_and_is_gone(tmp_path: Path, logger, scheme, mode) -> None:
+    uri = logger(mode, scheme)
+    (guest_out, out), (guest_err, err) = guest_stream(), guest_stream()
+    with trio.fail_after(20):
+        async with make(stdout=uri, stderr=uri) as stdio:
+            await stdio.open()
+            assert stdio._logger is not None
+            pid = stdio._logger._process.pid
+            stdio.start(None, out, err)
+            guest_out.send(b"hello")
+            guest_err.send(b"oh")
+            await stdio.drained(timeout=4)
+    guest_out.close()
+    guest_err.close()
+    head, *lines = (tmp_path / "log").read_text().splitlines()
+    assert lines == ["3:hello", "4:oh"]
+    assert f"['mode', '{mode}', 'target', '{tmp_path}/log'], 'web', 'default'" in head
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_a_logger_that_does_not_see_the_end_gets_sigterm(tmp_path: Path, logger, monkeypatch):
+    monkeypatch.setattr("shimv2.logger_binary._FLUSH_LIMIT", 0.2)
+    with trio.fail_after(20):
+        async with make(stdout=logger("term")) as stdio:
+            await stdio.open()
+    assert (tmp_path / "log").read_text().endswith("term")
+
+
+async def test_a_stubborn_logger_is_killed(logger, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("shimv2.logger_binary._FLUSH_LIMIT", 0.1)
+    monkeypatch.setattr("shimv2.logger_binary._TERM_LIMIT", 0.2)
+    with trio.fail_after(20):
+        async with make(stdout=logger("stubborn")) as stdio:
+            await stdio.open()
+    assert "did not end" in caplog.text
+
+
+async def test_loggers_that_fail(logger, tmp_path: Path) -> None:
+    async with make(stdout=logger("crash", "binary-v2")) as stdio:
+        with pytest.raises(StdioError, match="before it was ready"):
+            await stdio.open()
+    async with make(stdout="binary:///no/such/logger?a=b") as stdio:
+        with pytest.raises(StdioError, match="/no/such/logger"):
+            await stdio.open()
+
+
+async def test_a_logger_that_dies_does_not_stop_the_process(logger, caplog) -> None:
+    guest, reader = guest_stream()
+    async with make(stdout=logger("close")) as stdio:
+        await stdio.open()
+        assert stdio._logger is not None
+        stdio._logger._process.kill()
+        await stdio._logger._process.wait()
+        stdio.start(None, reader, None)
+        with trio.fail_after(10):
+            await send(guest, bytes(4 << 20))
+    guest.close()
+    assert "is lost" in caplog.text
