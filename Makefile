@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make help` lists what there is.  Nothing here calls sudo: run as root what needs root.
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+KERNEL  ?= build
+PYTHON  ?= /usr/bin/python3
+TESTS   ?=
+
+BUILD   := $(CURDIR)/build
+GUEST   := $(BUILD)/guest
+STAGE   := $(BUILD)/prefix
+VENV    := .venv
+BIN     := $(VENV)/bin
+ROOMS   := ttrpc vmm agent shimv2
+CHECKED := $(ROOMS) rootfs-builder integration tools
+
+.DEFAULT_GOAL := help
+.PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports \
+        unit integration test bench proto docs clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@echo "make TARGET [PREFIX=$(PREFIX)] [DESTDIR=] [KERNEL=build|debian]"
+	@echo
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) \
+	    | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+
+run: deps guest stage ## busybox in a VM, by a containerd of our own (installs what is missing)
+	@$(PYTHON) -I tools/run.py --prefix $(STAGE) run
+
+shell: deps guest stage ## the same, with a shell in the container
+	@$(PYTHON) -I tools/run.py --prefix $(STAGE) shell
+
+deps: ## install the Debian packages that are missing
+	@PYTHON=$(PYTHON) tools/deps.sh $(KERNEL)
+
+guest: ## build guest kernel and image into build/guest (KERNEL=debian: without a kernel build)
+	@$(PYTHON) rootfs-builder/build.py --kernel $(KERNEL) --output $(GUEST)
+
+$(GUEST)/kata-containers.json:
+	@$(MAKE) --no-print-directory guest
+
+install: | $(GUEST)/kata-containers.json ## install for the system's containerd under PREFIX
+	@$(PYTHON) -I tools/install.py install --python $(PYTHON) \
+	    --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
+
+uninstall: ## remove what `make install` put there
+	@$(PYTHON) -I tools/install.py uninstall --prefix "$(PREFIX)" --destdir "$(DESTDIR)"
+
+stage: | $(GUEST)/kata-containers.json
+	@$(PYTHON) -I tools/install.py install --python $(PYTHON) --prefix $(STAGE)
+
+venv: $(VENV)/.made ## the environment that tests and checks run in
+
+$(VENV)/.made: pyproject.toml
+	@echo "making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+test: deps venv guest ## all checks and all tests, those with VMs and containerd included
+	@$(MAKE) --no-print-directory lint typecheck imports unit
+	@$(MAKE) --no-print-directory integration
+
+unit: venv ## tests that lie beside the code
+	$(BIN)/python -m pytest $(TESTS)
+
+integration: venv stage ## tests with real containerd, VMs and peers
+	$(BIN)/python -m pytest integration $(TESTS)
+
+lint: venv ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+fmt: venv ## let ruff format and mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: venv ## mypy, strict
+	$(BIN)/mypy $(ROOMS)
+
+imports: venv ## which package may know which
+	$(BIN)/lint-imports
+
+bench: venv guest stage ## the table of figures, beside runc's
+	$(BIN)/python -m integration.bench
+
+proto: ## Python from the .proto files
+	protoc -I. --python_out=. --pyi_out=. agent/api/*.proto shimv2/api/*.proto
+
+docs: venv ## the generated parts of docs/
+	$(BIN)/python -m shimv2.config.document markdown docs/configuration.md
+
+clean: ## remove all that was built in the tree (not the cache outside of it)
+	rm -rf build $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
