@@ -17,7 +17,7 @@ from ttrpc.errors import Code, RpcError
 from agent.api import agent_pb2
 from shimv2.api import task_events_pb2, task_types_pb2
 from shimv2.guest_spec import guest_spec, process_from_json, resources_from_json
-from shimv2.hooks import HookState, run_hooks
+from shimv2.hooks import ContainerState, run_hooks
 from shimv2.process import Process, State
 from shimv2.rootfs import Rootfs
 from shimv2.spec import HookKind, Spec, SpecError
@@ -79,8 +79,8 @@ class Container:
         for reason in shared.skipped:
             log.warning("mount left out: %s", reason)
         guest = await life.guest()
-        await self._run_hooks(life, HookKind.PRESTART, HookKind.CREATE_RUNTIME, status="creating")
-        streams = await self.init.open_streams(guest)
+        await self._run_hooks(HookKind.PRESTART, HookKind.CREATE_RUNTIME)
+        streams = await self.init.open_streams(guest, self._sandbox.nursery)
         try:
             converted = guest_spec(
                 self.spec,
@@ -125,8 +125,7 @@ class Container:
             self._sandbox.events.publish(
                 task_events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )
-        assert self._life is not None
-        await self._run_hooks(self._life, HookKind.POSTSTART, status="running")
+        await self._run_hooks(HookKind.POSTSTART)
 
     async def _watch_init(self) -> None:
         guest = await self._guest()
@@ -163,7 +162,7 @@ class Container:
 
     # --- exec ---------------------------------------------------------------------------
 
-    def add_exec(self, request: Any, namespace: str) -> None:
+    def add_exec(self, request: Any) -> None:
         """Exec: noted here; the guest learns of it at its start.
 
         Raises:
@@ -180,11 +179,12 @@ class Container:
         process = Process(
             container_id=self.id,
             exec_id=request.exec_id,
-            namespace=namespace,
+            namespace=self._sandbox.settings.namespace,
             terminal=request.terminal,
             stdin=request.stdin,
             stdout=request.stdout,
             stderr=request.stderr,
+            host_mounts=self._sandbox.settings.host_mounts,
         )
         spec = process_from_json(request.spec.value).message
         spec.Terminal = request.terminal
@@ -204,7 +204,7 @@ class Container:
             raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} is paused")
         guest = await self._guest()
         request = self._exec_sizes[process.exec_id]
-        streams = await process.open_streams(guest)
+        streams = await process.open_streams(guest, self._sandbox.nursery)
         try:
             streams.put_ports(request)
             if process.size is not None:
@@ -213,7 +213,7 @@ class Container:
         except BaseException as error:
             with trio.CancelScope(shield=True):
                 await streams.aclose()
-                await process.stdio.aclose()
+                await process.close_stdio()
             if isinstance(error, RpcError):
                 process.set_exited(255)
             raise
@@ -232,7 +232,7 @@ class Container:
     async def delete_exec(self, process: Process) -> None:
         """Forget an exec that does not run."""
         process.require("delete", State.CREATED, State.STOPPED)
-        await process.stdio.aclose()
+        await process.close_stdio()
         self.execs.pop(process.exec_id, None)
         self._exec_sizes.pop(process.exec_id, None)
 
@@ -245,11 +245,10 @@ class Container:
             if self.init.state is State.CREATED:
                 await self._kill_created()
             for process in self.execs.values():
-                await process.stdio.aclose()
+                await process.close_stdio()
             await self._remove_from_guest()
             await self.release()
-            if self._life is not None:
-                await self._run_hooks(self._life, HookKind.POSTSTOP, status="stopped")
+            await self._run_hooks(HookKind.POSTSTOP)
 
     async def _kill_created(self) -> None:
         with contextlib.suppress(RpcError):
@@ -273,7 +272,7 @@ class Container:
 
     async def release(self) -> None:
         """Let go of what the host holds for it: streams, shared directories, mounts."""
-        await self.init.stdio.aclose()
+        await self.init.close_stdio()
         self._sandbox.share.remove_container(self.id)
         if self._rootfs is not None:
             self._rootfs.unmount()
@@ -412,15 +411,20 @@ class Container:
             raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} is being created")
         return await self._life.guest()
 
-    async def _run_hooks(self, life: Life, *kinds: HookKind, status: str) -> None:
-        state = HookState(
-            container_id=self.id,
-            status=status,
+    async def _run_hooks(self, *kinds: HookKind) -> None:
+        if not any(self.spec.hooks[kind] for kind in kinds):
+            return
+        state = ContainerState(
+            id=self.id,
             pid=self._sandbox.pid,
-            bundle=self.bundle,
-            annotations={**self.spec.annotations, "nerdctl/network-namespace": life.netns},
+            bundle=Path(self.bundle),
+            annotations=self.spec.annotations,
+            netns=self._life.netns if self._life else "",
         )
         for kind in kinds:
             await run_hooks(
-                self.spec.hooks[kind], kind, state, host_mounts=self._sandbox.settings.host_mounts
+                kind,
+                self.spec.hooks[kind],
+                state,
+                mount_namespace=self._sandbox.settings.host_mounts,
             )

@@ -18,7 +18,6 @@ import trio
 from google.protobuf.message import Message
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
-from vmm.qemu.driver import Qemu
 from vmm.virtiofsd import Virtiofsd
 
 from agent.api import agent_pb2, health_pb2
@@ -29,9 +28,10 @@ from shimv2.stats import add_stats
 from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, SocketWriter
 from shimv2.timeline import Timeline
 from shimv2.vm_settings import SHARE_TAG, virtiofs_socket, vm_config
-from vmm.errors import VmmGoneError
+from vmm.errors import VmmError, VmmGoneError
 from vmm.hypervisor import ConsoleDevice, FsDevice, Hypervisor, Placement, RngDevice
-from vmm.vsock import VsockChannel, VsockRefused, open_channel
+from vmm.qemu.driver import Qemu
+from vmm.vsock import VsockChannel, VsockConnection, VsockRefused, open_channel
 
 log = logging.getLogger("guest")
 
@@ -39,6 +39,8 @@ AGENT_PORT = 1024
 STREAM_PORT = 1027
 
 _RPC_LIMIT = 30.0  # seconds for every call that doesn't wait for a process
+_DIAL_LIMIT = 45
+_END_LIMIT = 2.0
 _HEALTH_EVERY = 5.0
 _HEALTH_LIMIT = 10.0
 _HEALTH_TRIES = 2
@@ -75,8 +77,8 @@ class Guest:
         self._on_process = on_process
         self._stack = contextlib.AsyncExitStack()
         self._nursery: trio.Nursery
-        self._vm: Hypervisor
-        self._channel: VsockChannel
+        self._vm: Hypervisor | None = None
+        self._channel: VsockChannel | None = None
         self._client: Client
         self._lost = trio.Event()
         self._lost_reason = ""
@@ -94,6 +96,8 @@ class Guest:
         trace: TracebackType | None,
     ) -> None:
         self.declare_lost("the sandbox is stopped")
+        if self._vm is not None:
+            await self._vm.stop()  # first of all: what the guest does no longer matters
         await self._stack.aclose()
 
     # --- boot ---------------------------------------------------------------------------
@@ -107,45 +111,53 @@ class Guest:
         """
         hypervisor = self._config.hypervisor
         directory = vm_dir(self._id)
-        self._vm = await self._stack.enter_async_context(
+        vm = await self._stack.enter_async_context(
             Qemu(vm_config(self._config, self._id, self._placement))
         )
-        await self._vm.prepare()
-        self._channel = await self._stack.enter_async_context(
-            open_channel(hypervisor.vsock, state_dir=directory)
-        )
-        await self._vm.add_device(self._channel.device)
-        await self._vm.add_device(RngDevice(id="rng0", source=hypervisor.entropy_source))
+        self._vm = vm
+        await vm.prepare()
+        channel = await self._stack.enter_async_context(open_channel(hypervisor.vsock, directory))
+        self._channel = channel
+        await vm.add_device(channel.device)
+        await vm.add_device(RngDevice(id="rng0", source=hypervisor.entropy_source))
         console = directory / "console.sock"
-        await self._vm.add_device(ConsoleDevice(id="console0", socket=console))
-        daemon = await self._add_share()
+        await vm.add_device(ConsoleDevice(id="console0", socket=console))
+        daemon = None
+        if hypervisor.shared_fs != "none":
+            daemon = await self._start_virtiofsd()
+            await vm.add_device(
+                FsDevice(
+                    id="fs0",
+                    tag=SHARE_TAG,
+                    socket=virtiofs_socket(self._id),
+                    queue_size=hypervisor.virtio_fs_queue_size or 1024,
+                )
+            )
         self._timeline.mark("prepared")
-        await self._vm.start()
-        self.pid = self._vm.pid
+        await vm.start()
+        self.pid = vm.pid
         self._on_process("vmm", self.pid)
         self._timeline.mark("vmm-started")
-        self._nursery.start_soon(self._watch, "the VMM", self._vm_end)
+        self._nursery.start_soon(self._watch, "the VMM", vm.wait)
         if daemon is not None:
             self._nursery.start_soon(self._watch, "virtiofsd", daemon.wait)
         self._nursery.start_soon(copy_console, console, self._console_line)
-        await self._connect_agent()
+        self._client = await self._connect_agent(channel)
+        self._nursery.start_soon(self._watch, "the agent's connection", self._client.wait_closed)
         self._timeline.mark("agent-connected")
         await self._create_sandbox(storages, hostname, dns)
         self._timeline.mark("sandbox-created")
         self._nursery.start_soon(self._watch_health)
         self._nursery.start_soon(self._keep_time)
-        await self._nursery.start(self._channel.serve_hybrid, directory / "hybrid.sock")
+        await channel.serve_hybrid(directory / "hybrid.sock")
 
-    async def _add_share(self) -> Virtiofsd | None:
+    async def _start_virtiofsd(self) -> Virtiofsd:
         hypervisor = self._config.hypervisor
-        if hypervisor.shared_fs == "none":
-            return None
-        socket = virtiofs_socket(self._id)
         daemon = await self._stack.enter_async_context(
             Virtiofsd(
                 hypervisor.virtio_fs_daemon,
                 share_dir(self._id) / "shared",
-                socket,
+                virtiofs_socket(self._id),
                 cache=hypervisor.virtio_fs_cache,
                 extra_args=hypervisor.virtio_fs_extra_args,
                 placement=Placement(cgroup_procs=self._placement.cgroup_procs),
@@ -153,29 +165,20 @@ class Guest:
         )
         await daemon.start()
         self._on_process("virtiofsd", daemon.pid)
-        await self._vm.add_device(
-            FsDevice(
-                id="fs0",
-                tag=SHARE_TAG,
-                socket=socket,
-                queue_size=hypervisor.virtio_fs_queue_size or 1024,
-            )
-        )
         return daemon
 
-    async def _connect_agent(self) -> None:
-        limit = self._config.agent.dial_timeout or 45
-        async with trio.open_nursery() as nursery:
-            # A VM that dies while we wait for its agent says why at once.
-            nursery.start_soon(self._raise_when_lost)
-            connection = await self._channel.connect_when_ready(AGENT_PORT, timeout=limit)
-            nursery.cancel_scope.cancel()
-        self._client = await self._stack.enter_async_context(Client(connection.stream))
-        self._nursery.start_soon(self._watch, "the agent's connection", self._client_end)
-
-    async def _raise_when_lost(self) -> None:
-        await self._lost.wait()
-        raise VmmGoneError(self._lost_reason)
+    async def _connect_agent(self, channel: VsockChannel) -> Client:
+        limit = self._config.agent.dial_timeout or _DIAL_LIMIT
+        try:
+            connection = await channel.connect_when_ready(AGENT_PORT, timeout=limit)
+        except VsockRefused as error:
+            raise VmmError(f"the agent does not answer: {error}") from error
+        except VmmGoneError:
+            # Why the VM is gone is known to who watches it, a moment later at the most.
+            with trio.move_on_after(_END_LIMIT):
+                raise VmmGoneError(await self.wait_lost()) from None
+            raise
+        return await self._stack.enter_async_context(Client(connection.stream))
 
     async def _create_sandbox(
         self, storages: list[agent_pb2.Storage], hostname: str, dns: list[str]
@@ -222,18 +225,17 @@ class Guest:
         return str(reply.container_id)
 
     async def open_streams(
-        self, container_id: str, exec_id: str, *, stdin: bool, stdout: bool, stderr: bool
+        self, container_id: str, exec_id: str, *, stdin: bool, stderr: bool
     ) -> ProcessStreams:
-        """A stream for each stdio that is used: raw vsock, else by RPC (DESIGN decision 6)."""
+        """A stream for each stdio: raw vsock, else by RPC (DESIGN decision 6)."""
         streams = ProcessStreams()
         if self._raw_streams:
             try:
                 if stdin:
-                    streams.stdin = SocketWriter(await self._channel.connect(STREAM_PORT))
-                if stdout:
-                    streams.stdout = SocketReader(await self._channel.connect(STREAM_PORT))
+                    streams.stdin = SocketWriter(await self._connect_stream())
+                streams.stdout = SocketReader(await self._connect_stream())
                 if stderr:
-                    streams.stderr = SocketReader(await self._channel.connect(STREAM_PORT))
+                    streams.stderr = SocketReader(await self._connect_stream())
                 return streams
             except VsockRefused:
                 await streams.aclose()
@@ -242,11 +244,14 @@ class Guest:
                 streams = ProcessStreams()
         if stdin:
             streams.stdin = RpcWriter(self.call, container_id, exec_id)
-        if stdout:
-            streams.stdout = RpcReader(self._read, "ReadStdout", container_id, exec_id)
+        streams.stdout = RpcReader(self._read, "ReadStdout", container_id, exec_id)
         if stderr:
             streams.stderr = RpcReader(self._read, "ReadStderr", container_id, exec_id)
         return streams
+
+    async def _connect_stream(self) -> VsockConnection:
+        assert self._channel is not None
+        return await self._channel.connect(STREAM_PORT)
 
     async def _read(self, method: str, request: Message) -> Any:
         # Waits as long as the process is silent, so it has no deadline.
@@ -265,19 +270,18 @@ class Guest:
                 )
         return total
 
-    async def pause_vcpus(self) -> None:
-        """Stop the guest's processors."""
-        await self._vm.pause()
-
-    async def metrics(self) -> dict[str, str]:
-        """Facts about the VM for SandboxStatus."""
-        figures = await self._vm.metrics()
+    async def facts(self) -> dict[str, str]:
+        """About the VM, for SandboxStatus and for people."""
+        vm = self._vm
+        if vm is None:
+            return {}
+        figures = await vm.metrics()
         return {
-            "vmm": f"{self._vm.name} {self._vm.version}",
-            "accelerator": self._vm.accelerator.value,
+            "vmm": f"{vm.name} {vm.version}",
+            "accelerator": vm.accelerator.value,
             "pid": str(self.pid),
             "vcpus": str(len(figures.vcpu_threads)),
-            "memory_mib": str(self._vm.config.memory_mib),
+            "memory_mib": str(vm.config.memory_mib),
             "rss_bytes": str(figures.rss_bytes),
         }
 
@@ -293,18 +297,11 @@ class Guest:
         if not self._lost.is_set():
             self._lost_reason = reason
             self._lost.set()
+            if self._channel is not None:
+                self._channel.mark_gone(reason)
 
     async def _watch(self, what: str, end: Callable[[], Awaitable[object]]) -> None:
-        detail = await end()
-        self.declare_lost(f"{what} ended: {detail}")
-
-    async def _vm_end(self) -> str:
-        end = await self._vm.wait()
-        return f"{end.reason}: {end.detail}"
-
-    async def _client_end(self) -> str:
-        await self._client.wait_closed()
-        return "closed by the guest"
+        self.declare_lost(f"{what} ended: {await end()}")
 
     async def _watch_health(self) -> None:
         check = health_pb2.CheckRequest()

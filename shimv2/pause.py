@@ -28,7 +28,7 @@ class PauseContainer(Container):
         """Wait for the VM; the root file system isn't needed."""
         self._life = life
         await life.guest()
-        await self._run_hooks(life, HookKind.PRESTART, HookKind.CREATE_RUNTIME, status="creating")
+        await self._run_hooks(HookKind.PRESTART, HookKind.CREATE_RUNTIME)
 
     def watch(self) -> None:
         """Nothing to watch: `kill` is its only end, besides that of the VM."""
@@ -40,8 +40,7 @@ class PauseContainer(Container):
             self._sandbox.events.publish(
                 task_events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )
-        assert self._life is not None
-        await self._run_hooks(self._life, HookKind.POSTSTART, status="running")
+        await self._run_hooks(HookKind.POSTSTART)
 
     async def kill(self, process: Process, signal: int, *, everyone: bool) -> None:
         if process.exec_id:

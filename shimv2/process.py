@@ -38,6 +38,9 @@ class State(enum.Enum):
 class Process:
     """An init process (exec_id "") or an exec.
 
+    Args:
+        host_mounts: descriptor of the host's mount namespace, where loggers run.
+
     Attributes:
         exit_status: 0–255, valid once `exited` is set.
         exited_at: nanoseconds since the epoch, 0 before.
@@ -53,6 +56,7 @@ class Process:
         stdin: str,
         stdout: str,
         stderr: str,
+        host_mounts: int,
     ) -> None:
         self.container_id = container_id
         self.exec_id = exec_id
@@ -72,22 +76,42 @@ class Process:
             terminal=terminal,
             container_id=container_id,
             namespace=namespace,
+            mount_namespace=host_mounts,
         )
+        self._stdio_close = trio.Event()
+        self._stdio_closed: trio.Event | None = None  # None until it is open
 
-    async def open_streams(self, guest: Guest) -> ProcessStreams:
-        """The host ends of the stdio, then a raw stream to the guest for each that is used.
+    async def open_streams(self, guest: Guest, nursery: trio.Nursery) -> ProcessStreams:
+        """The host ends of the stdio, owned by a task in `nursery`, then the guest's.
 
         Raises:
             shimv2.stdio.StdioError: names the URI that can't be used.
         """
-        await self.stdio.open()
+        await nursery.start(self._hold_stdio)
+        # Streams that nobody asked for are read and thrown away, and an absent stdin is ended
+        # at once; a terminal without stdin just stays silent.
         return await guest.open_streams(
             self.container_id,
             self.exec_id,
-            stdin=bool(self.stdin),
-            stdout=bool(self.stdout),
-            stderr=bool(self.stderr) and not self.terminal,
+            stdin=bool(self.stdin) or not self.terminal,
+            stderr=not self.terminal,
         )
+
+    async def _hold_stdio(self, task_status: trio.TaskStatus[None]) -> None:
+        async with self.stdio:
+            await self.stdio.open()
+            self._stdio_closed = trio.Event()
+            task_status.started()
+            try:
+                await self._stdio_close.wait()
+            finally:
+                self._stdio_closed.set()
+
+    async def close_stdio(self) -> None:
+        """Let go of the host's ends; what a descendant still writes is lost.  Idempotent."""
+        self._stdio_close.set()
+        if self._stdio_closed is not None:
+            await self._stdio_closed.wait()
 
     async def wait_in_guest(self, guest: Guest) -> int:
         """Until the process has ended and its output is delivered; its status.

@@ -219,7 +219,7 @@ class Sandbox:
         """Verbose information for SandboxStatus."""
         if not self.is_running:
             return {}
-        return await (await self.guest()).metrics()
+        return await (await self.guest()).facts()
 
     async def sandbox_stats(self) -> Metrics:
         """The sum of what the containers use, as the guest counts it."""
@@ -290,6 +290,7 @@ class Sandbox:
             stdin=request.stdin,
             stdout=request.stdout,
             stderr=request.stderr,
+            host_mounts=self.settings.host_mounts,
         )
         kind = PauseContainer if spec.kind is oci.ContainerKind.SANDBOX else Container
         container = kind(self, spec, request.bundle, process)

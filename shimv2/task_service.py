@@ -61,7 +61,7 @@ class TaskService:
     async def Exec(self, request: Any, context: Context) -> Any:
         with as_rpc_error():
             container, _ = self._sandbox.find(request.id)
-            container.add_exec(request, self._sandbox.settings.namespace)
+            container.add_exec(request)
         return _EMPTY
 
     async def State(self, request: Any, context: Context) -> Any:

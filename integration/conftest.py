@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the whole-system tests: the installed product under real containerds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.lib.containerd import DEBIAN, Containerd, Edition
+from integration.lib.go_tools import containerd_edition
+from integration.lib.images import busybox_image
+from integration.lib.kata import Kata
+from integration.lib.leftovers import Leftovers
+
+TREE = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def prefix() -> Path:
+    """Where the product is installed: by `make install PREFIX=build/prefix`."""
+    path = Path(os.environ.get("PYKATA_PREFIX", TREE / "build/prefix"))
+    if not (path / "bin/containerd-shim-kata-v2").exists():
+        pytest.fail(f"nothing is installed in {path}: run `make install-dev` first")
+    return path
+
+
+@pytest.fixture(scope="session", params=["debian", "go"])
+def edition(request: pytest.FixtureRequest) -> Edition:
+    """Debian's containerd 1.6, and 2.4 from its Go module."""
+    if request.param == "debian":
+        if not DEBIAN.containerd.exists():
+            pytest.fail("containerd is missing: apt-get install containerd")
+        return DEBIAN
+    return containerd_edition()
+
+
+@pytest.fixture(scope="session")
+def containerd(edition: Edition, prefix: Path) -> Iterator[Containerd]:
+    """One daemon for all tests that don't harm it."""
+    with make_containerd(edition, prefix) as daemon:
+        yield daemon
+
+
+@pytest.fixture
+def own_containerd(prefix: Path, edition: Edition) -> Iterator[Containerd]:
+    """A daemon of the test's own, to be stopped and killed at will."""
+    with make_containerd(edition, prefix) as daemon:
+        yield daemon
+
+
+def make_containerd(edition: Edition, prefix: Path) -> Containerd:
+    """A started daemon with the test image."""
+    configuration = prefix / "share/defaults/kata-containers/configuration.toml"
+    daemon = Containerd(
+        edition,
+        shim_path=[prefix / "bin"],
+        environment={"KATA_CONF_FILE": str(configuration)},
+    )
+    daemon.start()
+    daemon.import_image(busybox_image())
+    return daemon
+
+
+@pytest.fixture
+def kata(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Kata]:
+    """Runs containers of this test; whatever it leaves behind fails the test."""
+    before = Leftovers.of_host()
+    kata = Kata(containerd)
+    yield kata
+    kata.close()
+    left = Leftovers.of_host().since(before)
+    assert not left, f"left behind: {left}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "prefix" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.vm)
+
+
+def pytest_report_header() -> str:
+    tools = ("qemu-system-x86_64", "containerd", "ctr")
+    return "programs: " + ", ".join(f"{t} {shutil.which(t) or 'missing'}" for t in tools)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""containerd 2.x and its friends, built from their Go modules into the cache."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from integration.lib.containerd import Edition
+from integration.lib.images import cache_dir
+
+CONTAINERD_VERSION = "v2.4.2"
+_NEEDS_GO = (1, 26)
+_MODULE = "github.com/containerd/containerd/v2/cmd"
+
+
+def containerd_edition() -> Edition:
+    """containerd of CONTAINERD_VERSION; built on first use, which takes minutes.
+
+    Raises:
+        RuntimeError: there is no usable Go.
+    """
+    directory = cache_dir() / "go" / f"containerd-{CONTAINERD_VERSION}"
+    edition = Edition("go", directory)
+    programs = ("containerd", "ctr", "containerd-shim-runc-v2")
+    missing = [name for name in programs if not (directory / name).exists()]
+    if missing:
+        install([f"{_MODULE}/{name}@{CONTAINERD_VERSION}" for name in missing], directory)
+    return edition
+
+
+def install(packages: list[str], directory: Path) -> None:
+    """`go install` into `directory`, with a line on stderr since it takes a while."""
+    directory.mkdir(parents=True, exist_ok=True)
+    print(f"building {' '.join(packages)} into {directory} …", file=sys.stderr, flush=True)
+    environment = {**os.environ, "GOBIN": str(directory), "GOTOOLCHAIN": "auto", "GOFLAGS": ""}
+    done = subprocess.run(
+        [go(), "install", "-trimpath", *packages],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"go install failed:\n{done.stderr[-4000:]}")
+
+
+def go() -> str:
+    """The Go command; an older one than needed fetches its successor by itself (GOTOOLCHAIN)."""
+    found = shutil.which("go") or next(
+        (path for path in ("/usr/local/go/bin/go", "/usr/lib/go/bin/go") if Path(path).exists()), ""
+    )
+    if not found:
+        raise RuntimeError("Go is missing: apt-get install golang-go, or put go on PATH")
+    text = subprocess.run([found, "version"], check=True, capture_output=True, text=True).stdout
+    match = re.search(r"go(\d+)\.(\d+)", text)
+    version = tuple(map(int, match.groups())) if match else (0, 0)
+    # GOTOOLCHAIN came with Go 1.21; before it an old Go can't fetch a new one.
+    if version < (1, 21):
+        raise RuntimeError(f"{text.strip()} is too old: Go 1.21 or later is needed")
+    return found

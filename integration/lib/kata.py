@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Containers of one test: run by `ctr` with our runtime, removed at its end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from integration.lib.containerd import RUNTIME, Containerd
+from integration.lib.images import BUSYBOX_REFERENCE
+
+_numbers = itertools.count(1)
+
+Result = subprocess.CompletedProcess[str]
+
+
+class Kata:
+    """Names containers, runs them, and removes what a test left.
+
+    Args:
+        namespace: containerd's; one of the test's own keeps others out.
+    """
+
+    def __init__(self, containerd: Containerd, namespace: str = "default") -> None:
+        self.containerd = containerd
+        self.namespace = namespace
+        self._ids: list[str] = []
+
+    def new_id(self) -> str:
+        """An id nobody else uses; its container is removed at the end."""
+        container_id = f"t{os.getpid()}-{next(_numbers)}"
+        self._ids.append(container_id)
+        return container_id
+
+    def ctr(self, *args: str | Path, check: bool = True, **more: Any) -> Result:
+        """Any `ctr` command in this namespace."""
+        return self.containerd.ctr(*args, namespace=self.namespace, check=check, **more)
+
+    def run(
+        self,
+        *command: str,
+        flags: tuple[str | Path, ...] = (),
+        container_id: str = "",
+        check: bool = True,
+        timeout: float = 120,
+        input: bytes | None = None,
+    ) -> Result:
+        """`ctr run --rm`: the container is gone when this returns."""
+        return self.ctr(
+            *("run", "--rm", "--runtime", RUNTIME, *flags, BUSYBOX_REFERENCE),
+            *(container_id or self.new_id(), *command),
+            check=check,
+            timeout=timeout,
+            input=input,
+        )
+
+    def start(self, *command: str, flags: tuple[str | Path, ...] = ()) -> str:
+        """`ctr run -d`: a container that goes on; returns its id."""
+        container_id = self.new_id()
+        self.ctr(
+            "run", "-d", "--runtime", RUNTIME, *flags, BUSYBOX_REFERENCE, container_id, *command
+        )
+        return container_id
+
+    def execute(
+        self, container_id: str, *command: str, flags: tuple[str, ...] = (), **more: Any
+    ) -> Result:
+        """`ctr task exec` with an exec id of its own."""
+        exec_id = f"e{next(_numbers)}"
+        return self.ctr(
+            "task", "exec", "--exec-id", exec_id, *flags, container_id, *command, **more
+        )
+
+    def popen(self, *args: str | Path, **more: Any) -> subprocess.Popen[bytes]:
+        """`ctr` in the background."""
+        command = [*self.containerd.ctr_command(namespace=self.namespace), *map(str, args)]
+        return subprocess.Popen(command, **more)
+
+    def status(self, container_id: str) -> str:
+        """RUNNING, STOPPED, …; "" for no task."""
+        for line in self.ctr("task", "list").stdout.splitlines()[1:]:
+            name, _, status = line.split()
+            if name == container_id:
+                return status
+        return ""
+
+    def remove(self, container_id: str) -> None:
+        """Remove task and container, whatever their state."""
+        self.ctr("task", "rm", "-f", container_id, check=False)
+        self.ctr("container", "rm", container_id, check=False)
+
+    def record(self, container_id: str) -> dict[str, Any]:
+        """The shim's state record: pids of its processes."""
+        record: dict[str, Any] = json.loads(
+            Path(f"/run/vc/sbs/{container_id}/state.json").read_text()
+        )
+        return record
+
+    def pid_of(self, container_id: str, name: str) -> int:
+        """The pid of "shim", "vmm" or "virtiofsd"."""
+        return int(self.record(container_id)["processes"][name][0])
+
+    def close(self) -> None:
+        """Remove what is left."""
+        tasks = {line.split()[0] for line in self.ctr("task", "list").stdout.splitlines()[1:]}
+        containers = set(self.ctr("container", "list", "-q").stdout.split())
+        for container_id in self._ids:
+            if container_id in tasks:
+                self.ctr("task", "rm", "-f", container_id, check=False)
+            if container_id in containers:
+                self.ctr("container", "rm", container_id, check=False)
+
+
+def wait_until(condition: Callable[[], Any], limit: float, what: str) -> float:
+    """Poll `condition`; returns the seconds it took.
+
+    Raises:
+        AssertionError: it did not hold within `limit` seconds.
+    """
+    start = time.monotonic()
+    while not condition():
+        if time.monotonic() - start > limit:
+            raise AssertionError(f"not within {limit} s: {what}")
+        time.sleep(0.05)
+    return time.monotonic() - start
+
+
+class EventLog:
+    """`ctr events` of a daemon, collected in the background."""
+
+    def __init__(self, containerd: Containerd) -> None:
+        self._process = subprocess.Popen(
+            [*containerd.ctr_command(), "events"], stdout=subprocess.PIPE, text=True
+        )
+        self.lines: list[str] = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.lines.append(line)  # extend() would show them only at the end
+
+    def topics(self, container_id: str) -> list[str]:
+        """Topics of the task events of one container, in order."""
+        return [
+            line.split()[6]
+            for line in list(self.lines)
+            if container_id in line and "/tasks/" in line
+        ]
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._thread.join()

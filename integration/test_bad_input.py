@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bad input: one clear error that names the thing, in time, and nothing left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from integration.lib.containerd import RUNTIME
+from integration.lib.images import BUSYBOX_REFERENCE
+from integration.lib.kata import Kata
+
+
+def run_with(kata: Kata, config: Path, *command: str) -> str:
+    """`ctr run` with a configuration of its own; must fail; returns stderr."""
+    done = kata.run(
+        *(command or ("true",)),
+        flags=("--runtime-config-path", config),
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode != 0
+    return done.stderr
+
+
+@pytest.fixture
+def configuration(prefix: Path, tmp_path: Path):
+    """A function that writes the installed configuration with one line replaced."""
+    base = (prefix / "share/defaults/kata-containers/configuration.toml").read_text()
+
+    def write(key: str, value: str) -> Path:
+        lines = base.splitlines()
+        at = next(n for n, line in enumerate(lines) if line.lstrip("# ").startswith(f"{key} ="))
+        lines[at] = f"{key} = {value}"
+        path = tmp_path / "configuration.toml"
+        path.write_text("\n".join(lines))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "needle"),
+    [
+        ("kernel", '"/nonesuch/vmlinux"', "/nonesuch/vmlinux"),
+        ("image", '"/nonesuch.img"', "/nonesuch.img"),
+        ("path", '"/nonesuch/qemu"', "/nonesuch/qemu"),
+        ("virtio_fs_daemon", '"/nonesuch/virtiofsd"', "/nonesuch/virtiofsd"),
+        ("default_memory", '"much"', "default_memory"),
+        ("default_memory", "99999999999", "default_memory"),
+        ("default_vcpus", "[]", "default_vcpus"),
+        ("kernel", '"relative/vmlinux"', "relative/vmlinux"),
+    ],
+)
+def test_configuration(kata: Kata, configuration, key: str, value: str, needle: str) -> None:
+    assert needle in run_with(kata, configuration(key, value))
+
+
+def test_broken_toml(kata: Kata, tmp_path: Path) -> None:
+    path = tmp_path / "configuration.toml"
+    path.write_text("[hypervisor.qemu\n")
+    assert str(path) in run_with(kata, path)
+
+
+def test_a_configuration_that_is_not_there(kata: Kata) -> None:
+    assert "/nonesuch.toml" in run_with(kata, Path("/nonesuch.toml"))
+
+
+def test_a_program_that_does_not_exist(kata: Kata) -> None:
+    done = kata.run("/nonesuch", check=False)
+    assert done.returncode != 0
+    assert "/nonesuch" in done.stderr
+
+
+def test_a_mount_whose_source_is_missing(kata: Kata) -> None:
+    done = kata.run(
+        "true",
+        flags=("--mount", "type=bind,src=/nonesuch,dst=/mnt,options=rbind:ro"),
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "/nonesuch" in done.stderr
+
+
+def test_a_failed_container_can_be_followed_by_a_good_one(kata: Kata) -> None:
+    container_id = kata.new_id()
+    assert kata.run("/nonesuch", container_id=container_id, check=False).returncode != 0
+    kata.remove(container_id)
+    assert kata.run("true", container_id=container_id).returncode == 0
+
+
+def test_an_id_in_use(kata: Kata) -> None:
+    container_id = kata.start("sleep", "1000")
+    done = kata.ctr(
+        *("run", "-d", "--runtime", RUNTIME, BUSYBOX_REFERENCE, container_id, "true"), check=False
+    )
+    assert done.returncode != 0
+    assert kata.status(container_id) == "RUNNING"
+
+
+def test_the_same_id_in_another_namespace_is_refused_and_harms_nobody(kata: Kata) -> None:
+    container_id = kata.start("sleep", "1000")
+    other = Kata(kata.containerd, namespace="other")
+    other.containerd.import_image(_image(), namespace="other")
+    done = other.run("true", container_id=container_id, check=False)
+    assert done.returncode != 0
+    assert container_id in done.stderr
+    assert kata.status(container_id) == "RUNNING"
+    assert kata.execute(container_id, "echo", "alive").stdout == "alive\n"
+    other.close()
+
+
+def _image() -> Path:
+    from integration.lib.images import busybox_image
+
+    return busybox_image()

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When things break: the task ends with an exit event, and nothing is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.conftest import make_containerd
+from integration.lib.containerd import Containerd
+from integration.lib.kata import EventLog, Kata, wait_until
+from integration.lib.leftovers import Leftovers
+
+LOST = 255
+SOON = 2.0  # seconds (DESIGN decision 12)
+HUNG = 30.0
+
+
+@pytest.fixture
+def events(containerd: Containerd) -> Iterator[EventLog]:
+    log = EventLog(containerd)
+    yield log
+    log.close()
+
+
+def kill_process(name: str) -> Callable[[Kata, str], None]:
+    """SIGKILL one of the sandbox's processes on the host."""
+
+    def fault(kata: Kata, container_id: str) -> None:
+        os.kill(kata.pid_of(container_id, name), signal.SIGKILL)
+
+    return fault
+
+
+def panic(kata: Kata, container_id: str) -> None:
+    """The guest's kernel panics: sysrq "c", written from a privileged container's /proc."""
+    kata.popen(
+        *("task", "exec", "--exec-id", "panic", container_id),
+        *("sh", "-c", "echo c > /sysrq"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize(
+    "fault", [kill_process("vmm"), kill_process("virtiofsd")], ids=["vmm", "virtiofsd"]
+)
+def test_a_lost_helper_ends_the_task(kata: Kata, events: EventLog, fault) -> None:
+    container_id = kata.start("sleep", "1000")
+    waiter = kata.popen("task", "wait", container_id) if False else None
+    assert waiter is None
+    fault(kata, container_id)
+    wait_until(lambda: kata.status(container_id) == "STOPPED", SOON, "the task is stopped")
+    wait_until(lambda: "/tasks/exit" in events.topics(container_id), SOON, "an exit event")
+    assert kata.ctr("task", "rm", container_id, check=False).returncode == LOST
+    kata.ctr("container", "rm", container_id)
+
+
+def test_an_exec_ends_with_its_lost_vm(kata: Kata) -> None:
+    container_id = kata.start("sleep", "1000")
+    process = kata.popen(
+        *("task", "exec", "--exec-id", "e1", container_id, "sleep", "1000"),
+        stdin=subprocess.DEVNULL,
+    )
+    wait_until(
+        lambda: "sleep 1000" in kata.execute(container_id, "ps").stdout.replace("{", ""),
+        10,
+        "the exec runs",
+    )
+    os.kill(kata.pid_of(container_id, "vmm"), signal.SIGKILL)
+    assert process.wait(10) == LOST
+
+
+def test_a_killed_shim_leaves_nothing(kata: Kata, events: EventLog) -> None:
+    container_id = kata.start("sleep", "1000")
+    os.kill(kata.pid_of(container_id, "shim"), signal.SIGKILL)
+    wait_until(lambda: "/tasks/exit" in events.topics(container_id), SOON + 1, "an exit event")
+    wait_until(lambda: not Path(f"/run/vc/sbs/{container_id}").exists(), 5, "the state is gone")
+    wait_until(lambda: kata.status(container_id) == "", 5, "the task is gone")
+    kata.ctr("container", "rm", container_id)
+
+
+def test_a_hung_guest_is_lost(kata: Kata) -> None:
+    container_id = kata.start("sleep", "1000")
+    stop_vcpus(container_id)
+    wait_until(lambda: kata.status(container_id) == "STOPPED", HUNG + 2, "the task is stopped")
+    assert kata.ctr("task", "rm", container_id, check=False).returncode == LOST
+
+
+def test_a_hung_guest_can_be_killed_at_once(kata: Kata) -> None:
+    container_id = kata.start("sleep", "1000")
+    os.kill(kata.pid_of(container_id, "vmm"), signal.SIGSTOP)
+    kata.ctr("task", "rm", "-f", container_id, check=False, timeout=60)
+    kata.ctr("container", "rm", container_id)
+
+
+class TestContainerdAway:
+    """These stop their daemon, so they have one of their own."""
+
+    @pytest.fixture
+    def daemon(self, edition, prefix) -> Iterator[Containerd]:
+        before = Leftovers.of_host()
+        with make_containerd(edition, prefix) as containerd:
+            yield containerd
+        left = Leftovers.of_host().since(before)
+        assert not left, f"left behind: {left}"
+
+    @pytest.mark.parametrize("kill", [False, True], ids=["restarted", "killed"])
+    def test_a_container_outlives_its_containerd(self, daemon: Containerd, kill: bool) -> None:
+        kata = Kata(daemon)
+        container_id = kata.start("sleep", "1000")
+        daemon.stop(kill=kill)
+        daemon.start()
+        assert kata.status(container_id) == "RUNNING"
+        assert kata.execute(container_id, "echo", "hi").stdout == "hi\n"
+        kata.close()
+
+    def test_an_exit_while_containerd_is_away_is_known_afterwards(self, daemon: Containerd) -> None:
+        kata = Kata(daemon)
+        container_id = kata.start("sh", "-c", "sleep 1; exit 5")
+        daemon.stop()
+        wait_until(lambda: not vm_runs(container_id), 30, "the container has ended")
+        daemon.start()
+        assert kata.status(container_id) == "STOPPED"
+        assert kata.ctr("task", "rm", container_id, check=False).returncode == 5
+        kata.close()
+
+    def test_a_shim_that_died_meanwhile_is_cleaned_up(self, daemon: Containerd) -> None:
+        kata = Kata(daemon)
+        container_id = kata.start("sleep", "1000")
+        shim = kata.pid_of(container_id, "shim")
+        daemon.stop()
+        os.kill(shim, signal.SIGKILL)
+        daemon.start()
+        wait_until(lambda: not Path(f"/run/vc/sbs/{container_id}").exists(), 10, "state removed")
+        kata.ctr("container", "rm", container_id)
+
+
+def vm_runs(container_id: str) -> bool:
+    """Whether the sandbox still has a VMM."""
+    try:
+        text = Path(f"/run/vc/sbs/{container_id}/state.json").read_text()
+    except OSError:
+        return False
+    import json
+
+    pid = json.loads(text)["processes"].get("vmm", [0])[0]
+    return pid > 0 and Path(f"/proc/{pid}").exists()
+
+
+def stop_vcpus(container_id: str) -> None:
+    """QMP `stop`: the VMM lives, its guest doesn't."""
+    with socket.socket(socket.AF_UNIX) as qmp:
+        qmp.connect(f"/run/vc/vm/{container_id}/extra-monitor.sock")
+        stream = qmp.makefile("rwb")
+        stream.readline()
+        for command in (b'{"execute":"qmp_capabilities"}', b'{"execute":"stop"}'):
+            stream.write(command + b"\n")
+            stream.flush()
+            stream.readline()
