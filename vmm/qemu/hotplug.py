@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changing a running VM over QMP: devices, vCPUs, memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trio
+
+from vmm.errors import CapacityError, VmmConfigError, VmmError
+from vmm.hypervisor import VmConfig
+from vmm.qemu import memory
+from vmm.qemu.devices import Parts
+from vmm.qemu.qmp import Event
+from vmm.qemu.qmp_client import QmpClient, QmpError
+
+UNPLUG_TIMEOUT = 10.0
+"""Seconds the guest has to let a device go."""
+PLUG_TIMEOUT = 30.0
+"""Seconds QEMU has to realise a device; it waits for a vhost-user backend's answers there."""
+
+
+def fd_name(fd: int) -> str:
+    """The name under which `fd` is sent to QEMU by ``getfd``."""
+    return f"fd-{fd}"
+
+
+class Plugger:
+    """Adds and removes, one thing at a time; what fails halfway is taken back."""
+
+    def __init__(self, qmp: QmpClient, config: VmConfig) -> None:
+        self._qmp = qmp
+        self._config = config
+        self._lock = trio.Lock()
+        self._plugged: dict[str, Parts] = {}
+        self._unplugging: dict[str, _Unplug] = {}
+        self._memory_mib = config.memory_mib
+        self._dimms = 0
+
+    def register(self, device_id: str, parts: Parts) -> None:
+        """A device that is there since the boot."""
+        self._plugged[device_id] = parts
+
+    def on_event(self, event: Event) -> None:
+        """Wake whoever waits for an unplug to end."""
+        unplug = self._unplugging.get(str(event.data.get("device", "")))
+        if unplug is None:
+            return
+        if event.name == "DEVICE_DELETED":
+            unplug.done = True
+            unplug.event.set()
+        elif event.name in ("DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"):
+            unplug.event.set()
+
+    async def plug(self, device_id: str, parts: Parts) -> None:
+        """Create a device with all it stands on.
+
+        Raises:
+            VmmError: QEMU refused a part; those made before are gone again.
+        """
+        async with self._lock:
+            undo: list[tuple[str, dict[str, Any]]] = []
+            try:
+                await self._create(parts, undo)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._take_back(undo)
+                raise
+            self._plugged[device_id] = parts
+
+    async def unplug(self, device_id: str) -> None:
+        """Ask the guest to let go, wait until it has, and remove what the device stood on.
+
+        Raises:
+            VmmConfigError: no such device.
+            VmmError: the guest refused, or did not answer in time; the device is still there.
+        """
+        async with self._lock:
+            parts = self._plugged.get(device_id)
+            if parts is None:
+                raise VmmConfigError(f"there is no device {device_id!r} in this VM")
+            if not await self._delete_device(parts.device["id"], UNPLUG_TIMEOUT):
+                raise VmmError(
+                    f"the guest did not release device {device_id!r} within {UNPLUG_TIMEOUT:g} s"
+                )
+            del self._plugged[device_id]
+            await self._take_back(_undo_of(parts))
+
+    async def resize_vcpus(self, count: int) -> int:
+        async with self._lock:
+            slots = await self._qmp.execute("query-hotpluggable-cpus")
+            present = [slot for slot in slots if "qom-path" in slot]
+            free = [slot for slot in slots if "qom-path" not in slot]
+            free.sort(key=lambda slot: tuple(sorted(slot["props"].items())))
+            now = len(present)
+            for slot in free[: max(0, count - now)]:
+                await self._qmp.execute(
+                    "device_add", {"driver": slot["type"], "id": f"cpu-{now}", **slot["props"]}
+                )
+                now += 1
+            while now > count:
+                name = f"cpu-{now - 1}"
+                if not any(slot["qom-path"].endswith(f"/{name}") for slot in present):
+                    break  # there since the boot: it stays
+                if not await self._delete_device(name, UNPLUG_TIMEOUT):
+                    break
+                now -= 1
+            return now
+
+    async def resize_memory(self, mib: int) -> int:
+        async with self._lock:
+            more = memory.growth(self._memory_mib, mib)
+            if more == 0:
+                return self._memory_mib
+            most = self._config.max_memory_mib
+            if not memory.can_grow(self._config) or self._memory_mib + more > most:
+                raise CapacityError(f"{mib} MiB of memory asked for, this VM ends at {most} MiB")
+            if self._dimms >= self._config.memory_slots:
+                raise CapacityError(
+                    f"no memory slot left: all {self._config.memory_slots} are taken"
+                )
+            await self._add_dimm(more)
+            return self._memory_mib
+
+    async def _add_dimm(self, mib: int) -> None:
+        name = f"{memory.DIMM_ID_PREFIX}{self._dimms}"
+        backend = f"mem{self._dimms}"
+        await self._qmp.execute("object-add", memory.backend(backend, mib, self._config))
+        try:
+            await self._qmp.execute(
+                "device_add",
+                {"driver": "pc-dimm", "id": name, "memdev": backend},
+                timeout=PLUG_TIMEOUT,
+            )
+        except VmmError:
+            await self._qmp.execute("object-del", {"id": backend})
+            raise
+        self._dimms += 1
+        self._memory_mib += mib
+
+    async def _create(self, parts: Parts, undo: list[tuple[str, dict[str, Any]]]) -> None:
+        for item in parts.objects:
+            await self._qmp.execute("object-add", item)
+            undo.append(("object-del", {"id": item["id"]}))
+        for node in parts.blockdevs:
+            await self._qmp.execute("blockdev-add", node)
+            undo.append(("blockdev-del", {"node-name": node["node-name"]}))
+        for fd in parts.device_fds:
+            await self._send_fd(fd)
+        for chardev in parts.chardevs:
+            if chardev.fd is not None:
+                await self._send_fd(chardev.fd)
+            await self._qmp.execute("chardev-add", chardev.arguments(fd_name))
+            undo.append(("chardev-remove", {"id": chardev.id}))
+        for netdev in parts.netdevs:
+            for fd in (*netdev.tap_fds, *netdev.vhost_fds):
+                await self._send_fd(fd)
+            await self._qmp.execute("netdev_add", netdev.arguments(fd_name))
+            undo.append(("netdev_del", {"id": netdev.id}))
+        await self._qmp.execute("device_add", parts.device, timeout=PLUG_TIMEOUT)
+
+    async def _send_fd(self, fd: int) -> None:
+        await self._qmp.execute("getfd", {"fdname": fd_name(fd)}, fds=(fd,))
+
+    async def _take_back(self, undo: list[tuple[str, dict[str, Any]]]) -> None:
+        for command, arguments in reversed(undo):
+            try:
+                await self._qmp.execute(command, arguments)
+            except VmmError:
+                continue  # what failed first is what the caller has to hear
+
+    async def _delete_device(self, name: str, timeout: float) -> bool:
+        unplug = self._unplugging[name] = _Unplug()
+        try:
+            with trio.move_on_after(timeout):
+                try:
+                    await self._qmp.execute("device_del", {"id": name})
+                except QmpError as error:
+                    if error.error_class == "DeviceNotFound":
+                        return True
+                    raise
+                await unplug.event.wait()
+        finally:
+            del self._unplugging[name]
+        return unplug.done
+
+
+def _undo_of(parts: Parts) -> list[tuple[str, dict[str, Any]]]:
+    undo = [("object-del", {"id": item["id"]}) for item in parts.objects]
+    undo += [("blockdev-del", {"node-name": node["node-name"]}) for node in parts.blockdevs]
+    undo += [("chardev-remove", {"id": chardev.id}) for chardev in parts.chardevs]
+    undo += [("netdev_del", {"id": netdev.id}) for netdev in parts.netdevs]
+    return undo
+
+
+class _Unplug:
+    __slots__ = ("done", "event")
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.done = False

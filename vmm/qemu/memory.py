@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory: its backing, and the arithmetic of growing it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vmm.errors import VmmConfigError
+from vmm.hypervisor import VmConfig
+
+MEMORY_ID = "memory"
+MEMFD_NAME = "memory-backend-memfd"  # what QEMU calls the file it makes
+
+BLOCK_MIB = 128
+"""Linux on x86-64 brings memory online in blocks of this size (arch/x86/include/asm/sparsemem.h)."""
+
+MIN_MIB = 64
+MAX_MIB = 4 << 20
+DIMM_ID_PREFIX = "dimm"
+
+
+def check(config: VmConfig) -> None:
+    """Raises VmmConfigError for sizes no VM can have."""
+    if not MIN_MIB <= config.memory_mib <= MAX_MIB:
+        raise VmmConfigError(
+            f"memory of {config.memory_mib} MiB is not between {MIN_MIB} and {MAX_MIB}"
+        )
+    if config.max_memory_mib > MAX_MIB:
+        raise VmmConfigError(f"maximum memory of {config.max_memory_mib} MiB is absurd")
+    if not 0 <= config.memory_slots <= 256:
+        raise VmmConfigError(f"memory slots {config.memory_slots} are not between 0 and 256")
+
+
+def can_grow(config: VmConfig) -> bool:
+    return config.memory_slots > 0 and config.max_memory_mib > config.memory_mib
+
+
+def backend(
+    object_id: str, mib: int, config: VmConfig, file_fd: int | None = None
+) -> dict[str, Any]:
+    """The memory backend object; nothing of it has a name in a file system, so a killed VM
+    leaves no memory behind.
+
+    Args:
+        file_fd: an open memory file to use as it is (a restored VM), by its number in QEMU.
+    """
+    size = mib << 20
+    arguments: dict[str, Any]
+    if file_fd is not None:
+        arguments = {
+            "qom-type": "memory-backend-file",
+            "mem-path": f"/proc/self/fd/{file_fd}",
+            "share": True,
+        }
+    elif config.hugepages:
+        arguments = {
+            "qom-type": "memory-backend-memfd",
+            "hugetlb": True,
+            "share": True,
+            "prealloc": True,
+        }
+    elif config.shared_memory:
+        arguments = {"qom-type": "memory-backend-memfd", "share": True}
+    else:
+        arguments = {"qom-type": "memory-backend-ram"}
+    if config.mem_prealloc:
+        arguments["prealloc"] = True
+    return {"id": object_id, "size": size, **arguments}
+
+
+def growth(current_mib: int, wanted_mib: int) -> int:
+    """How many MiB to add: whole blocks, none if there is enough."""
+    missing = wanted_mib - current_mib
+    return 0 if missing <= 0 else -(-missing // BLOCK_MIB) * BLOCK_MIB
+
+
+def find_memory_file(pid: int) -> Path | None:
+    """The guest's memory among the descriptors of a running QEMU."""
+    directory = Path(f"/proc/{pid}/fd")
+    for entry in os.listdir(directory):
+        try:
+            target = os.readlink(directory / entry)
+        except OSError:
+            continue
+        if target.startswith(f"/memfd:{MEMFD_NAME}"):
+            return directory / entry
+    return None
+
+
+def copy_sparse(source_fd: int, target_fd: int) -> None:
+    """Copy a file without its holes.  Blocks: call it in a worker thread."""
+    size = os.fstat(source_fd).st_size
+    os.ftruncate(target_fd, size)
+    position = 0
+    while True:
+        try:
+            position = os.lseek(source_fd, position, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        end = os.lseek(source_fd, position, os.SEEK_HOLE)
+        os.lseek(source_fd, position, os.SEEK_SET)
+        os.lseek(target_fd, position, os.SEEK_SET)
+        while position < end:
+            copied = os.sendfile(target_fd, source_fd, position, end - position)
+            if copied == 0:
+                return
+            position += copied

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Saving a paused VM and starting another from it.
+
+A snapshot is a directory with two files: ``state``, QEMU's migration stream without the
+guest's memory (capability x-ignore-shared), and ``memory``, the guest's memory with its
+holes.  Both go through descriptors: ``exec:`` would need what ``-sandbox spawn=deny`` forbids,
+and ``file:`` exists from QEMU 8.2 only.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import BinaryIO
+
+import trio
+
+from vmm.errors import VmmConfigError, VmmError
+from vmm.qemu import memory
+from vmm.qemu.qmp_client import QmpClient
+
+STATE_FILE = "state"
+MEMORY_FILE = "memory"
+TIMEOUT = 30.0
+POLL_INTERVAL = 0.005
+_FD_NAME = "snapshot"
+
+
+async def save(qmp: QmpClient, pid: int, directory: Path) -> None:
+    """Write both files of a paused VM.
+
+    Raises:
+        VmmError: the VM runs, QEMU refused, or the disk is full.
+    """
+    status = await qmp.execute("query-status")
+    if status.get("running"):
+        raise VmmError("a VM must be paused before it is saved")
+    source = memory.find_memory_file(pid)
+    if source is None:
+        raise VmmError("the guest's memory is not a file that could be saved")
+    try:
+        await _capability(qmp)
+        with _open_new(directory / STATE_FILE) as state:
+            await qmp.execute("getfd", {"fdname": _FD_NAME}, fds=(state.fileno(),))
+        await qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+        await _await_migration(qmp)
+        with source.open("rb") as memory_file, _open_new(directory / MEMORY_FILE) as target:
+            await trio.to_thread.run_sync(memory.copy_sparse, memory_file.fileno(), target.fileno())
+    except OSError as error:
+        raise VmmError(f"cannot save to {directory}: {error.strerror}") from error
+
+
+async def load_memory(directory: Path, mib: int) -> int:
+    """An anonymous copy of the saved memory; the descriptor is the caller's.
+
+    Raises:
+        VmmConfigError: the file is missing or of another size.
+    """
+    path = directory / MEMORY_FILE
+    try:
+        with path.open("rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            if size != mib << 20:
+                raise VmmConfigError(f"{path} has {size >> 20} MiB, this VM {mib}")
+            target = os.memfd_create(memory.MEMFD_NAME)
+            try:
+                await trio.to_thread.run_sync(memory.copy_sparse, source.fileno(), target)
+            except BaseException:
+                os.close(target)
+                raise
+            return target
+    except OSError as error:
+        raise VmmConfigError(f"snapshot {path}: {error.strerror}") from error
+
+
+async def load_state(qmp: QmpClient, directory: Path) -> None:
+    """Feed the device state to a QEMU that waits for it; the VM is paused afterwards."""
+    path = directory / STATE_FILE
+    await _capability(qmp)
+    try:
+        with path.open("rb") as state:
+            await qmp.execute("getfd", {"fdname": _FD_NAME}, fds=(state.fileno(),))
+    except OSError as error:
+        raise VmmConfigError(f"snapshot {path}: {error.strerror}") from error
+    await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
+    await _await_migration(qmp)
+
+
+def _open_new(path: Path) -> BinaryIO:
+    return open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600))
+
+
+async def _capability(qmp: QmpClient) -> None:
+    capability = {"capability": "x-ignore-shared", "state": True}
+    await qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
+
+
+async def _await_migration(qmp: QmpClient) -> None:
+    with trio.move_on_after(TIMEOUT):
+        while True:
+            answer = await qmp.execute("query-migrate")
+            status = answer.get("status", "")
+            if status == "completed":
+                return
+            if status in ("failed", "cancelled"):
+                raise VmmError(f"snapshot {status}: {answer.get('error-desc', 'no reason given')}")
+            await trio.sleep(POLL_INTERVAL)
+    raise VmmError(f"the snapshot took more than {TIMEOUT:g} s")
