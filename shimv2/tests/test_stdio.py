@@ -170,7 +170,7 @@ async def test_output_reaches_each_fifo_and_ends_with_the_stream(fifo) -> None:
 async def test_a_writer_waits_while_nobody_reads_and_goes_on_when_one_comes(fifo) -> None:
     path = fifo("out")
     guest, reader = guest_stream()
-    data = os.urandom(8 << 20)
+    data = os.urandom(32 << 20)
     async with make(stdout=str(path)) as stdio:
         await stdio.open()
         stdio.start(None, reader, None)
@@ -222,8 +222,8 @@ async def test_drained_is_bounded_when_nobody_reads(fifo, caplog) -> None:
     async with make(stdout=str(path)) as stdio:
         await stdio.open()
         stdio.start(None, reader, None)
-        with trio.move_on_after(1):
-            await send(guest, bytes(4 << 20))
+        with trio.move_on_after(0.5):
+            await send(guest, bytes(64 << 20))
         with trio.fail_after(5):
             await stdio.drained(timeout=0.1)
     guest.close()
@@ -399,7 +399,7 @@ async def test_leaving_the_block_frees_a_blocked_pump(fifo) -> None:
             await stdio.open()
             stdio.start(None, reader, None)
             with trio.move_on_after(0.2):
-                await send(guest, bytes(8 << 20))
+                await send(guest, bytes(64 << 20))
     guest.close()
 
 
