@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of ``kata-runtime``.  Exit status: 0, 1 for a failure, 2 for wrong usage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shimv2.config import Config, ConfigError, load_config, locate
+from shimv2.version import VERSION
+
+EPILOG = """\
+examples:
+  kata-runtime check                  can this host run containers in VMs, and how fast
+  kata-runtime env --json             versions, paths and settings in force
+  kata-runtime list                   sandboxes on this host
+  kata-runtime exec 4f2a              a root shell in the guest whose sandbox id starts so
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks; returns the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.show_default_config_paths:
+        print("\n".join(map(str, locate.default_paths(locate.installed_prefix()))))
+        return 0
+    if options.command is None:
+        parser.print_usage()
+        print(f"{parser.prog} --help tells more")
+        return 0
+    commands = {"check": _check, "env": _env, "exec": _exec, "list": _list, "version": _version}
+    try:
+        return commands[options.command](options)
+    except (ConfigError, PermissionError) as error:
+        return _fail(str(error))
+    except BrokenPipeError:  # the reader of our output had enough
+        sys.stderr.close()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kata-runtime",
+        description="Looks at, and into, the sandboxes of this container runtime.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("-v", "--version", action="version", version=version_text())
+    parser.add_argument(
+        "--config",
+        "--kata-config",
+        type=Path,
+        metavar="FILE",
+        help="use this configuration.toml instead of the first one found",
+    )
+    parser.add_argument(
+        "--show-default-config-paths",
+        "--kata-show-default-config-paths",
+        action="store_true",
+        help="print where configuration.toml is looked for, and exit",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    check = commands.add_parser(
+        "check",
+        help="what this host can do, what is used instead, and what to install",
+        aliases=["kata-check"],
+        description="Looks at everything that is needed to run containers in VMs. "
+        "The exit status is 0 if they can run, else 1.",
+    )
+    env = commands.add_parser(
+        "env", help="versions, paths and settings in force (TOML)", aliases=["kata-env"]
+    )
+    listing = commands.add_parser("list", help="sandboxes on this host", aliases=["ps"])
+    for command in (check, env, listing):
+        command.add_argument("--json", action="store_true", help="print JSON")
+    check.set_defaults(command="check")
+    env.set_defaults(command="env")
+    listing.set_defaults(command="list")
+    shell = commands.add_parser(
+        "exec",
+        help="a root shell inside a sandbox's guest",
+        description="Connects this terminal to the debug console of a guest. It has one only "
+        "with debug_console_enabled = true in section [agent.kata] when it was started.",
+    )
+    shell.add_argument("sandbox", metavar="SANDBOX", help="its id, or the start of it")
+    shell.add_argument(
+        "--kata-debug-port",
+        type=_port,
+        default=1026,
+        metavar="PORT",
+        help="vsock port of the console (1026)",
+    )
+    commands.add_parser("version", help="as --version")
+    return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text) < 1 << 32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no vsock port")
+    return int(text)
+
+
+def _config(options: argparse.Namespace) -> Config:
+    path = options.config
+    return load_config(path.absolute() if path else None)
+
+
+def _fail(message: str) -> int:
+    print(f"kata-runtime: {message}", file=sys.stderr)
+    return 1
+
+
+def version_text() -> str:
+    """What ``--version`` prints."""
+    from .environment import commit
+
+    return f"kata-runtime  : {VERSION} (pykata)\n   commit   : {commit() or 'unknown'}"
+
+
+def _version(_options: argparse.Namespace) -> int:
+    print(version_text())
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from .check import Finding, Host, State, check
+
+    findings = []
+    try:
+        config = _config(options)
+    except ConfigError as error:
+        config = Config()
+        findings.append(Finding("configuration", State.MISSING, str(error)))
+    else:
+        source = str(config.source) if config.source else "built-in defaults (no file found)"
+        findings.append(Finding("configuration", State.OK, source))
+        if config.source:
+            findings += [Finding("configuration", State.FALLBACK, text) for text in config.warnings]
+        findings += check(config, Host())
+    able = all(finding.state is not State.MISSING for finding in findings)
+    if options.json:
+        rows = [
+            {"name": f.name, "state": f.state.value, "detail": f.detail, "remedy": f.remedy}
+            for f in findings
+        ]
+        print(json.dumps({"able": able, "findings": rows}, indent=2))
+        return 0 if able else 1
+    for finding in findings:
+        print(f"{finding.state.value:9} {finding.name:14} {finding.detail}")
+        if finding.remedy and finding.state is not State.OK:
+            print(f"{'':24} -> {finding.remedy}")
+    print(f"\nContainers {'can' if able else 'can NOT'} run in VMs on this host.")
+    return 0 if able else 1
+
+
+def _env(options: argparse.Namespace) -> int:
+    from .environment import as_toml, environment
+
+    tables = environment(_config(options))
+    print(json.dumps(tables, indent=2) if options.json else as_toml(tables))
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from .sandboxes import sandboxes
+
+    found = list(sandboxes())
+    if options.json:
+        rows = [
+            {
+                "id": sandbox.id,
+                "namespace": sandbox.namespace,
+                "alive": sandbox.alive,
+                "pids": sandbox.pids,
+                "age_seconds": round(sandbox.age, 2),
+                "pss_bytes": sandbox.memory,
+            }
+            for sandbox in found
+        ]
+        print(json.dumps(rows, indent=2))
+        return 0
+    print(f"{'SANDBOX':36} {'NAMESPACE':12} {'STATE':6} {'AGE':>9} {'MEMORY':>9}  PROCESSES")
+    for sandbox in found:
+        state = "alive" if sandbox.alive else "dead"
+        pids = " ".join(f"{role}={pid}" for role, pid in sandbox.pids.items())
+        age, memory = f"{sandbox.age:.0f} s", f"{sandbox.memory >> 20} MiB"
+        row = f"{sandbox.id:36} {sandbox.namespace:12} {state:6} {age:>9} {memory:>9}  {pids}"
+        print(row.rstrip())
+    return 0
+
+
+def _exec(options: argparse.Namespace) -> int:
+    from shimv2 import state
+
+    from .console import ConsoleError, attach, connect
+    from .sandboxes import NoSuchSandboxError, find
+
+    try:
+        sandbox = find(options.sandbox)
+        stream, first = connect(state.vm_dir(sandbox) / "hybrid.sock", options.kata_debug_port)
+    except (ConsoleError, NoSuchSandboxError) as error:
+        return _fail(str(error))
+    with stream:
+        attach(stream, first)
+    return 0
