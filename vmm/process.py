@@ -10,6 +10,7 @@ characters.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -178,7 +179,7 @@ class HelperProcess:
         """SIGKILL and reap, also under cancellation.  Idempotent."""
         if self._popen is None:
             return
-        self.send_signal(signal.SIGKILL)
+        self._kill_group()
         with trio.CancelScope(shield=True):
             await self._ended.wait()
 
@@ -260,9 +261,15 @@ class HelperProcess:
             await trio.lowlevel.wait_readable(self._pidfd)
         finally:
             with trio.CancelScope(shield=True):
-                self.send_signal(signal.SIGKILL)
+                self._kill_group()
                 await trio.lowlevel.wait_readable(self._pidfd)
             self._reap()
+
+    def _kill_group(self) -> None:
+        """The process and what it forked; its pid names the group until it is reaped."""
+        if self._pidfd >= 0 and self._popen is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._popen.pid, signal.SIGKILL)
 
     def _reap(self) -> None:
         assert self._popen is not None
