@@ -17,6 +17,7 @@ from shimv2.endpoints import Sink, Source
 _SPLICE_BYTES = 1 << 20  # pages change hands, nothing is copied
 _COPY_BYTES = 256 << 10
 _STDIN_BYTES = 64 << 10
+_QUIET = 0.5  # seconds; Kata's agent drains no longer after a process has ended
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,7 @@ class GuestReader(Protocol):
         """Up to `limit` bytes; b"" at the end."""
 
     async def delivered(self) -> None:
-        """Return once all that had come from the guest lies in the socket; where `fd` is None,
-        once `read` has returned all of it."""
+        """Return once all that had come from the guest lies in the socket (if there is one)."""
 
     async def aclose(self) -> None: ...
 
@@ -60,6 +60,7 @@ class OutputPump:
         self._idle_waiters: list[trio.Event] = []
         self._waiting: trio.CancelScope | None = None
         self._in_read = False
+        self._progress = trio.Event()
         self._poll = select.poll()
 
     async def run(self) -> None:
@@ -74,6 +75,7 @@ class OutputPump:
         finally:
             self._sink.close()
             self._done.set()
+            self._progress.set()
             self._notify_idle()
             await self._reader.aclose()
 
@@ -83,14 +85,28 @@ class OutputPump:
             return
         await self._reader.delivered()
         if self._reader.fd is None:
-            await trio.lowlevel.checkpoint()  # what `read` returned has now reached the pump
-            if self._in_read:
-                return
-        idle = trio.Event()
-        self._idle_waiters.append(idle)
+            await self._quiet()
+            return
+        idle = self._next_idle()
         if self._waiting is not None:
             self._waiting.cancel()
         await idle.wait()
+
+    async def _quiet(self) -> None:
+        """Without a socket nothing tells that all is there, but for the end of the stream: a
+        call that stays unanswered for a while means that a descendant holds the pipe."""
+        while not self._done.is_set():
+            if not self._in_read:
+                await self._next_idle().wait()
+            with trio.move_on_after(_QUIET):
+                await self._progress.wait()
+                continue
+            return
+
+    def _next_idle(self) -> trio.Event:
+        idle = trio.Event()
+        self._idle_waiters.append(idle)
+        return idle
 
     async def _run_socket(self, source: int) -> None:
         move = self._splice if self._sink.is_pipe else self._copy
@@ -149,6 +165,8 @@ class OutputPump:
             self._notify_idle()
             data = await self._reader.read(_COPY_BYTES)
             self._in_read = False
+            self._progress.set()
+            self._progress = trio.Event()
             if not data:
                 return
             await self._sink.write(data)

@@ -87,8 +87,10 @@ class Stdio:
     ) -> None:
         assert self._nursery is not None
         self._nursery.cancel_scope.cancel()
+        # What the block raised is not a failure of the nursery's, which would wrap it in a group.
+        ours = (exc_type, exc, tb) if isinstance(exc, trio.Cancelled) else (None, None, None)
         try:
-            await self._stack.__aexit__(exc_type, exc, tb)
+            await self._stack.__aexit__(*ours)
         finally:
             self._close_unused()
             if self._logger is not None:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import trio
 
 from shimv2 import cgroups
 
@@ -101,7 +100,7 @@ def join(process: subprocess.Popen[bytes], groups: cgroups.SandboxCgroups) -> No
         file.write_text(str(process.pid))
 
 
-async def test_all_in_one_cgroup_below_the_pods(sandbox_id: str, sleeper) -> None:
+def test_all_in_one_cgroup_below_the_pods(sandbox_id: str, sleeper) -> None:
     groups = cgroups.SandboxCgroups(sandbox_id, f"/pod-{sandbox_id}/web", sandbox_only=True)
     groups.create()
     join(sleeper, groups)
@@ -114,10 +113,10 @@ async def test_all_in_one_cgroup_below_the_pods(sandbox_id: str, sleeper) -> Non
     assert groups.stats().processes == 1
     sleeper.kill()
     sleeper.wait()
-    assert await groups.delete() == []
+    assert groups.delete() == []
 
 
-async def test_overhead_apart_and_only_vcpu_threads_with_the_pod(sandbox_id: str, sleeper) -> None:
+def test_overhead_apart_and_only_vcpu_threads_with_the_pod(sandbox_id: str, sleeper) -> None:
     groups = cgroups.SandboxCgroups(sandbox_id, f"/pod-{sandbox_id}/web", sandbox_only=False)
     groups.create()
     join(sleeper, groups)
@@ -130,31 +129,29 @@ async def test_overhead_apart_and_only_vcpu_threads_with_the_pod(sandbox_id: str
         assert where["cpu"] == f"/pod-{sandbox_id}/kata_web"
     sleeper.kill()
     sleeper.wait()
-    assert await groups.delete() == []
+    assert groups.delete() == []
     assert not any(path.endswith("/kata_overhead") for path in all_cgroups())
 
 
-async def test_a_process_left_in_is_moved_out(sandbox_id: str, sleeper) -> None:
+def test_a_process_left_in_is_moved_out(sandbox_id: str, sleeper) -> None:
     groups = cgroups.SandboxCgroups(sandbox_id, "", sandbox_only=True)
     groups.create()
     join(sleeper, groups)
-    assert await groups.delete() == []
+    assert groups.delete() == []
     assert sleeper.poll() is None
     assert sandbox_id not in Path(f"/proc/{sleeper.pid}/cgroup").read_text()
 
 
-async def test_a_process_that_just_ended_is_waited_for(sandbox_id: str, sleeper) -> None:
+def test_a_process_that_just_ended_is_waited_for(sandbox_id: str, sleeper) -> None:
     groups = cgroups.SandboxCgroups(sandbox_id, "", sandbox_only=True)
     groups.create()
     join(sleeper, groups)
     sleeper.kill()  # not reaped: it may still be in there
-    with trio.fail_after(5):
-        assert await groups.delete() == []
+    assert groups.delete() == []
 
 
 def test_the_shim_goes_in_and_comes_back(sandbox_id: str) -> None:
     script = f"""
-import trio
 from pathlib import Path
 from shimv2.cgroups import SandboxCgroups
 before = Path("/proc/self/cgroup").read_text()
@@ -162,32 +159,32 @@ groups = SandboxCgroups({sandbox_id!r}, "", sandbox_only=True)
 groups.create()
 groups.add_shim()
 assert "/kata_vc/{sandbox_id}" in Path("/proc/self/cgroup").read_text()
-assert trio.run(groups.delete) == []
+assert groups.delete() == []
 after = Path("/proc/self/cgroup").read_text()
 assert after == before, (before, after)
 """
     subprocess.run([sys.executable, "-c", script], check=True, timeout=30)
 
 
-async def test_two_sandboxes_share_a_parent(sandbox_id: str) -> None:
+def test_two_sandboxes_share_a_parent(sandbox_id: str) -> None:
     parent = f"/ns-{sandbox_id}"
     one = cgroups.SandboxCgroups("one", f"{parent}/one", sandbox_only=True)
     two = cgroups.SandboxCgroups("two", f"{parent}/two", sandbox_only=True)
     one.create()
     two.create()
-    assert await one.delete() == []
+    assert one.delete() == []
     assert all(directory.is_dir() for directory in two.directories)
-    assert await two.delete() == []
+    assert two.delete() == []
 
 
-async def test_a_parent_of_the_engines_stays(sandbox_id: str) -> None:
+def test_a_parent_of_the_engines_stays(sandbox_id: str) -> None:
     parents = [h.root / f"pod-{sandbox_id}" for h in cgroups.hierarchies()]
     for parent in parents:
         parent.mkdir()
     try:
         groups = cgroups.SandboxCgroups("s", f"/pod-{sandbox_id}/web", sandbox_only=True)
         groups.create()
-        assert await groups.delete() == []
+        assert groups.delete() == []
         assert all(parent.is_dir() for parent in parents)
     finally:
         for parent in parents:
@@ -203,7 +200,7 @@ def test_removal_from_outside(sandbox_id: str, sleeper) -> None:
         assert cgroups.remove(directory) == ""
 
 
-async def test_cpuset(sandbox_id: str) -> None:
+def test_cpuset(sandbox_id: str) -> None:
     groups = cgroups.SandboxCgroups(sandbox_id, "", sandbox_only=True)
     groups.create()
     try:
@@ -212,7 +209,7 @@ async def test_cpuset(sandbox_id: str) -> None:
             with pytest.raises(cgroups.CgroupError, match=r"cpuset\.cpus = '9999'"):
                 groups.set_cpuset("9999")
     finally:
-        assert await groups.delete() == []
+        assert groups.delete() == []
 
 
 def test_what_cannot_be_made_is_named_and_undone(sandbox_id: str, tmp_path: Path) -> None:

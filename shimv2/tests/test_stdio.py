@@ -57,8 +57,7 @@ class RpcReader:
             return b""
 
     async def delivered(self) -> None:
-        while self.receive.statistics().current_buffer_used:
-            await trio.testing.wait_all_tasks_blocked()
+        """A call returns what there is."""
 
     async def aclose(self) -> None:
         self.receive.close()
@@ -237,12 +236,19 @@ async def test_drained_with_a_reader_without_descriptor(tmp_path: Path) -> None:
     async with make(stdout=str(path)) as stdio:
         await stdio.open()
         stdio.start(None, reader, None)
-        for _ in range(50):
-            reader.send.send_nowait(b"0123456789")
-        with trio.fail_after(5):
-            await stdio.drained(timeout=4)
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stdio.drained, 4.0)
+            await trio.testing.wait_all_tasks_blocked()  # the answers come after the call
+            for _ in range(50):
+                reader.send.send_nowait(b"0123456789")
         assert path.read_bytes() == b"0123456789" * 50
+        reader.send.send_nowait(b"end")
         reader.send.close()
+        begin = trio.current_time()
+        await stdio.drained(timeout=4)
+        assert trio.current_time() - begin < 0.4  # the end is known at once
+        assert path.read_bytes().endswith(b"9end")
 
 
 async def test_both_streams_share_one_plain_file(tmp_path: Path) -> None:
@@ -325,8 +331,8 @@ async def test_an_unknown_scheme_is_a_warning(caplog) -> None:
 @pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
 @pytest.mark.parametrize("path", ["/does/not/exist", "/proc/nope", "/"])
 async def test_what_cannot_be_opened_is_named(stream: str, path: str) -> None:
-    async with make(**{stream: path}) as stdio:
-        with pytest.raises(StdioError, match=path):
+    with pytest.raises(StdioError, match=path):
+        async with make(**{stream: path}) as stdio:
             await stdio.open()
 
 
