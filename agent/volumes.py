@@ -21,7 +21,7 @@ MKFS_OPTIONS = ("-F", "-q", "-O", "^has_journal", "-m", "0", "-i", "163840", "-I
 def volume_stats(path: str) -> csi_pb2.VolumeStatsResponse:
     """GetVolumeStats: bytes and inodes of the file system at `path`.
 
-    Raises NOT_FOUND if nothing is there, INVALID_ARGUMENT if it is no directory or device's mount.
+    Raises NOT_FOUND if nothing is there, INVALID_ARGUMENT for a relative path.
     """
     from agent.api import csi_pb2
 
