@@ -1,0 +1,622 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vsock device proper: moves packets between two virtqueues and many socket pairs.
+
+Synchronous and bounded: `service` does one slice of work (at most `BUDGET` bytes a direction)
+and says whether there is more.  All descriptors of interest are in one epoll descriptor, so
+that the event loop has a single thing to wait for; the sockets that are read from have an epoll
+of their own within it, which is left out while the guest has no receive buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+
+from vmm.vsock import wire
+from vmm.vsock.backend import RX, TX, Ring
+from vmm.vsock.link import Link, Settled
+from vmm.vsock.segments import cut, skip, trim, write_header
+from vmm.vsock.virtqueue import Chain, QueueError, Virtqueue
+from vmm.vsock.wire import Connection, Outcome, State
+
+_log = logging.getLogger(__name__)
+
+#: Bytes a direction and slice: about 0.3 ms of work, which is what an RPC may wait for.
+BUDGET = 1 << 20
+#: What a packet costs beside its payload, in bytes of budget.
+PACKET_COST = 512
+
+MAX_CONNECTIONS = 1024
+MAX_INCOMING = 256
+#: Unanswered resets after which the guest's packets wait until it offers receive buffers.
+MAX_REPLIES = 128
+#: Receive buffers filled by one system call, and segments in one.
+MAX_BURST = 16
+MAX_SEGMENTS = 512
+
+#: Credit for one stream, and the sum of what is given out before new ones get less.
+BUF_ALLOC = 512 << 10
+MIN_BUF_ALLOC = 64 << 10
+BUFFER_BUDGET = 64 << 20
+
+#: A guest that doesn't answer the end of a connection is forgotten after this.
+LINGER_SECONDS = 10.0
+FIRST_HOST_PORT = 1 << 30
+
+_IN = select.EPOLLIN | select.EPOLLRDHUP
+_QUIET = select.EPOLLET  # hang-up only, and only once
+_HUP = select.EPOLLHUP | select.EPOLLERR
+
+Incoming = Callable[[int, Link, socket.socket], None]
+
+
+class Refused(Exception):
+    """No connection can be made now."""
+
+
+def socket_pair(buf_alloc: int) -> tuple[socket.socket, socket.socket, int]:
+    """(our end, the host's end, credit): the credit fits into an empty pair, so that all that
+    the guest may have sent can be read without waiting for it to be forwarded in parts."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    so_sndbufforce = getattr(socket, "SO_SNDBUFFORCE", 32)
+    try:
+        ours.setsockopt(socket.SOL_SOCKET, so_sndbufforce, buf_alloc)
+    except PermissionError:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buf_alloc)
+    # The kernel doubles the value for its own overhead and tells the doubled one.
+    return ours, theirs, min(buf_alloc, ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2)
+
+
+class Mux:
+    """See the module.  A `RingUser` of the vhost-user back-end.
+
+    Args:
+        cid: the guest's.
+        ports: host ports that the guest may connect to; called with the guest's port, the new
+            link and the host's end of its pair.
+        on_request: told of each connection attempt of the guest to a port without a listener.
+    """
+
+    def __init__(
+        self,
+        cid: int,
+        ports: dict[int, Incoming],
+        on_request: Callable[[int], None] = lambda port: None,
+    ) -> None:
+        self.cid = cid
+        self._ports = ports
+        self._on_request = on_request
+        self._epoll = select.epoll()
+        self._readers = select.epoll()
+        self._starved = True  # `_readers` is not part of `_epoll`
+        self._rx: Ring | None = None
+        self._tx: Ring | None = None
+        self._kicks: dict[int, Ring] = {}
+        self._links: dict[int, Link] = {}  # those the guest knows of, by Link.key
+        self._by_fd: dict[int, Link] = {}
+        self._owed: dict[Link, None] = {}  # in order of need
+        self._replies: deque[bytes] = deque()
+        self._touched: dict[Link, None] = {}
+        self._lingering: dict[Link, float] = {}
+        self._granted = 0
+        self._incoming = 0
+        self._next_port = FIRST_HOST_PORT + int.from_bytes(os.urandom(3), "little")
+        #: bytes moved since the counter was last reset by whoever reads it
+        self.moved = 0
+
+    def fileno(self) -> int:
+        """Readable when `service` has something to do."""
+        return self._epoll.fileno()
+
+    @property
+    def ready(self) -> bool:
+        """The guest's driver runs both rings."""
+        return self._rx is not None and self._tx is not None
+
+    def close(self) -> None:
+        """Drop every connection and descriptor."""
+        self.guest_reset()
+        for link in list(self._by_fd.values()):
+            self._drop(link)
+        self._readers.close()
+        self._epoll.close()
+
+    # --- the rings -------------------------------------------------------------------------
+
+    def rings_started(self, rings: list[Ring]) -> None:
+        for ring in rings:
+            if ring.queue is not None and ring.kick_fd not in self._kicks:
+                self._kicks[ring.kick_fd] = ring
+                self._epoll.register(ring.kick_fd, select.EPOLLIN)
+        self._rx = rings[RX] if rings[RX].queue is not None else None
+        self._tx = rings[TX] if rings[TX].queue is not None else None
+        # Kicks from before we listened are lost, so look once.
+        for ring in self._kicks.values():
+            os.eventfd_write(ring.kick_fd, 1)
+
+    def ring_stopping(self, ring: Ring) -> None:
+        if self._kicks.pop(ring.kick_fd, None) is not None:
+            self._epoll.unregister(ring.kick_fd)
+        if ring is self._rx:
+            self._rx = None
+            self._starve()
+        elif ring is self._tx:
+            self._tx = None
+
+    def guest_reset(self) -> None:
+        self._replies.clear()
+        self._touched.clear()
+        for link in list(self._links.values()):
+            link.segments.clear()
+            link.connection.state = State.CLOSED
+            self._closed(link)
+        self._owed.clear()
+
+    # --- connections -----------------------------------------------------------------------
+
+    def open(self, guest_port: int, settled: Settled) -> tuple[Link, socket.socket]:
+        """Ask the guest for a connection; returns the link and the host's end of its pair.
+
+        `settled` is called with True when the guest has accepted and with False when it has
+        refused.
+
+        Raises:
+            Refused: the driver is not up, or there are too many connections.
+        """
+        if not self.ready:
+            raise Refused("the guest's vsock driver is not up")
+        self._make_room()
+        while guest_port << 32 | self._next_port in self._links:
+            self._next_port += 1
+        host_port = self._next_port
+        self._next_port = (
+            host_port + 1 if host_port < 0xFFFF_FFF0 else FIRST_HOST_PORT
+        )  # never soon again: the guest may still hold the old one
+        ours, theirs, credit = socket_pair(self._credit())
+        connection = Connection(self.cid, guest_port, host_port, credit)
+        link = self._add(Link(connection, ours, settled))
+        connection.request()
+        self._owed[link] = None
+        self._send_now()
+        return link, theirs
+
+    def abort(self, link: Link) -> None:
+        """Reset the connection and forget what waits."""
+        link.settled = None
+        link.host_closed = True
+        link.discard()
+        link.connection.reset()
+        self._closed(link)
+        self._send_now()
+
+    def when_written(self, link: Link, tell: Callable[[], None]) -> bool:
+        """Call `tell` once all that has been received so far is in the pair's socket; True if
+        that is so already."""
+        if link.written >= link.received:
+            return True
+        link.waiters.append((link.received, tell))
+        return False
+
+    def _credit(self) -> int:
+        left = BUFFER_BUDGET - self._granted
+        return max(MIN_BUF_ALLOC, min(BUF_ALLOC, left // 8))
+
+    def _add(self, link: Link) -> Link:
+        self._links[link.key] = link
+        self._by_fd[link.fd] = link
+        self._granted += link.connection.buf_alloc
+        self._incoming += link.incoming
+        return link
+
+    def _make_room(self) -> None:
+        """Forget connections that the host has closed and the guest does not let go of."""
+        now = time.monotonic()
+        for link, deadline in list(self._lingering.items()):
+            full = len(self._links) >= MAX_CONNECTIONS
+            if full or deadline <= now:
+                if full:
+                    link.connection.reset()
+                else:
+                    # No RST: it would cost the guest what it has not read yet.
+                    link.connection.state = State.CLOSED
+                self._closed(link)
+            else:
+                break
+        if len(self._links) >= MAX_CONNECTIONS or len(self._by_fd) >= MAX_CONNECTIONS:
+            raise Refused(f"{MAX_CONNECTIONS} vsock connections are open")
+
+    def _accept(self, guest_port: int, host_port: int, buf_alloc: int, fwd_cnt: int) -> bool:
+        """A connection attempt of the guest.  False refuses it."""
+        handler = self._ports.get(host_port)
+        if handler is None or self._incoming >= MAX_INCOMING:
+            self._on_request(host_port)
+            return False
+        try:
+            self._make_room()
+        except Refused:
+            return False
+        ours, theirs, credit = socket_pair(self._credit())
+        connection = Connection(self.cid, guest_port, host_port, credit)
+        connection.accept(buf_alloc, fwd_cnt)
+        link = self._add(Link(connection, ours, incoming=True))
+        self._owed[link] = None
+        self._readers.register(link.fd, _IN)
+        handler(guest_port, link, theirs)
+        return True
+
+    def _closed(self, link: Link) -> None:
+        """The guest knows the connection no more, or is to be told so."""
+        if self._links.pop(link.key, None) is not None:
+            self._granted -= link.connection.buf_alloc
+            self._incoming -= link.incoming
+        self._lingering.pop(link, None)
+        if link.connection.owes():
+            self._owed[link] = None
+        link.settle(False)
+        if not link.backlog:
+            self._drop(link)
+        elif link.fd >= 0 and not link.host_eof:
+            link.host_eof = True
+            self._readers.modify(link.fd, _QUIET)
+
+    def _drop(self, link: Link) -> None:
+        """Close our end of the pair; whatever the guest sends from now on is discarded."""
+        if link.fd < 0:
+            return
+        del self._by_fd[link.fd]
+        link.fd = -1  # the number may be another link's soon
+        link.host_closed = True
+        link.discard()
+        # Unread data would turn the host's end of stream into ECONNRESET.
+        with contextlib.suppress(OSError):
+            while not link.host_eof and link.sock.recv(65536):
+                pass
+        link.sock.close()  # leaves both epolls by itself: nobody else holds the description
+
+    def _finish(self, link: Link) -> None:
+        """Pass on to the host what the guest has ended, once nothing waits any more."""
+        if link.backlog or link.host_closed:
+            return
+        connection = link.connection
+        if connection.state is State.CLOSED:
+            self._drop(link)
+            return
+        if connection.guest_done & wire.SHUTDOWN_SEND and not link.writing_ended:
+            link.writing_ended = True
+            with contextlib.suppress(OSError):
+                link.sock.shutdown(socket.SHUT_WR)
+        if connection.guest_done & wire.SHUTDOWN_RCV and not link.host_eof:
+            link.host_eof = True
+            with contextlib.suppress(OSError):
+                link.sock.shutdown(socket.SHUT_RD)
+            self._readers.modify(link.fd, _QUIET)
+
+    def _host_closed(self, link: Link) -> None:
+        """The host closed its end and all it had sent is with the guest."""
+        link.connection.shutdown(wire.SHUTDOWN_BOTH)
+        if link.connection.owes():
+            self._owed[link] = None
+        self._drop(link)
+        if link.connection.state is State.OPEN:
+            self._lingering[link] = time.monotonic() + LINGER_SECONDS
+
+    # --- work ------------------------------------------------------------------------------
+
+    def service(self) -> bool:
+        """One slice of work; True if there is more to do at once.
+
+        What the guest breaks ends the ring or the connection concerned; nothing is raised for
+        it.
+        """
+        try:
+            return self._service()
+        except Exception:
+            # A defect of ours, reached through something the guest did: it loses its
+            # connections, the sandbox's shim lives.
+            _log.exception("vsock device: internal error, device is reset")
+            self.guest_reset()
+            for ring in list(self._kicks.values()):
+                self._break(ring)
+            return False
+
+    def _service(self) -> bool:
+        readable = False
+        for fd, mask in self._epoll.poll(0, 64):
+            if fd == self._readers.fileno():
+                readable = True
+            elif fd in self._kicks:
+                with contextlib.suppress(BlockingIOError):
+                    os.eventfd_read(fd)
+            elif (link := self._by_fd.get(fd)) is not None:
+                self._writable(link, mask)
+        more = False
+        if self._tx is not None:
+            more = self._guarded(self._tx, self._serve_tx)
+        if self._rx is not None:
+            stalled = len(self._replies) >= MAX_REPLIES
+            more |= self._guarded(self._rx, self._serve_rx, readable or self._starved)
+            more |= stalled and len(self._replies) < MAX_REPLIES
+        return more
+
+    def _guarded(self, ring: Ring, work: Callable[..., bool], *args: bool) -> bool:
+        try:
+            return work(ring, *args)
+        except QueueError as error:
+            _log.warning("vsock device: the guest broke ring %d: %s", ring.index, error)
+            self.guest_reset()
+            self._break(ring)
+            return False
+
+    def _break(self, ring: Ring) -> None:
+        self.ring_stopping(ring)
+        ring.fail()
+
+    def _send_now(self) -> None:
+        """Control packets that were just made need not wait for the next slice."""
+        if self._rx is not None:
+            self._guarded(self._rx, self._serve_rx, False)
+
+    # guest to host
+
+    def _serve_tx(self, ring: Ring) -> bool:
+        queue = ring.queue
+        assert queue is not None
+        queue.disable_kick()
+        budget = BUDGET
+        more = True
+        while budget > 0 and len(self._replies) < MAX_REPLIES:
+            chain = queue.pop()
+            if chain is None:
+                if queue.enable_kick():
+                    continue
+                more = False
+                break
+            budget -= PACKET_COST + self._packet(chain[1])
+            queue.push(chain[0], 0)
+        for link in self._touched:
+            self._flush(link)
+        self._touched.clear()
+        if queue.publish():
+            ring.call()
+        self.moved += BUDGET - budget
+        return more and len(self._replies) < MAX_REPLIES
+
+    def _packet(self, segments: list[memoryview]) -> int:
+        """Take one packet of the guest; returns the bytes of payload that were taken."""
+        if segments and len(segments[0]) == wire.HEADER_SIZE:
+            header = segments[0]
+            del segments[0]
+        else:
+            header = memoryview(cut(segments, wire.HEADER_SIZE))
+            if len(header) < wire.HEADER_SIZE:
+                return 0
+        fields: tuple[int, ...] = wire.HEADER.unpack_from(header)
+        cid, host_cid, guest_port, host_port, length, type_, op, flags, buf_alloc, fwd_cnt = fields
+        if cid != self.cid:
+            return 0
+        link = self._links.get(guest_port << 32 | host_port)
+        if link is None or type_ != wire.TYPE_STREAM or host_cid != wire.HOST_CID:
+            if op == wire.OP_RST or (
+                op == wire.OP_REQUEST
+                and type_ == wire.TYPE_STREAM
+                and host_cid == wire.HOST_CID
+                and self._accept(guest_port, host_port, buf_alloc, fwd_cnt)
+            ):
+                return 0
+            self._replies.append(wire.reset_for(cid, guest_port, host_cid, host_port, type_))
+            return 0
+        connection = link.connection
+        if op == wire.OP_RW:
+            if len(segments) != 1 or len(segments[0]) != length:
+                segments = trim(segments, length)
+                if sum(map(len, segments)) != length:
+                    # The header promises more than the packet holds.
+                    op = 0
+        else:
+            length = 0
+        outcome = connection.receive(op, flags, length, buf_alloc, fwd_cnt)
+        if outcome is Outcome.DATA:
+            link.segments += segments
+            self._touched[link] = None
+            if len(link.segments) >= MAX_SEGMENTS:
+                self._flush(link)
+        elif outcome is Outcome.OPENED:
+            self._readers.register(link.fd, _IN)
+            link.settle(True)
+        elif outcome is not Outcome.NOTHING:
+            self._flush(link)
+            if connection.state is State.CLOSED:
+                self._closed(link)
+            else:
+                self._finish(link)
+        if link.blocked and connection.credit():
+            link.blocked = False
+            if not link.host_eof and link.fd >= 0:
+                self._readers.modify(link.fd, _IN)
+        if connection.owes():
+            self._owed[link] = None
+        return length
+
+    def _flush(self, link: Link) -> None:
+        """Out of guest memory with a link's data, before the guest gets its buffers back."""
+        if not link.segments:
+            return
+        backlog = len(link.backlog)
+        if not link.take_segments(MAX_SEGMENTS) and link.fd >= 0:
+            self._host_closed(link)
+        elif link.backlog and not backlog:
+            self._epoll.register(link.fd, select.EPOLLOUT)
+        if link.connection.owes():
+            self._owed[link] = None
+
+    def _writable(self, link: Link, mask: int) -> None:
+        """The host has read some of what fills its socket, or closed it."""
+        alive = link.drain(MAX_SEGMENTS) and not mask & _HUP
+        if not alive or not link.backlog:
+            self._epoll.unregister(link.fd)
+        if not alive:
+            link.discard()
+            self._host_closed(link)
+        elif not link.backlog:
+            self._finish(link)
+        if link.connection.owes():
+            self._owed[link] = None
+
+    # host to guest
+
+    def _serve_rx(self, ring: Ring, readable: bool) -> bool:
+        queue = ring.queue
+        assert queue is not None
+        queue.disable_kick()
+        budget = BUDGET
+        try:
+            if not self._send_control(queue):
+                self._starve()
+                return False
+            if self._starved:
+                self._starved = False
+                self._epoll.register(self._readers.fileno(), select.EPOLLIN)
+            while readable and budget > 0:
+                events = self._readers.poll(0, 64)
+                if not events:
+                    return False
+                for fd, mask in events:
+                    link = self._by_fd.get(fd)
+                    if link is None:
+                        continue  # dropped by an earlier event of this round
+                    moved = self._pump(link, queue, mask)
+                    if moved < 0:
+                        self._starve()
+                        return False
+                    budget -= moved
+                if self._owed and not self._send_control(queue):
+                    self._starve()
+                    return False
+            return readable
+        finally:
+            self.moved += BUDGET - budget
+            if ring.queue is not None and queue.publish():
+                ring.call()
+
+    def _starve(self) -> None:
+        """The guest has no receive buffers: wait for its kick, and not for the host."""
+        if not self._starved:
+            self._starved = True
+            self._epoll.unregister(self._readers.fileno())
+        if self._rx is not None and self._rx.queue is not None and self._rx.queue.enable_kick():
+            os.eventfd_write(self._rx.kick_fd, 1)
+
+    def _send_control(self, queue: Virtqueue) -> bool:
+        """Send what is owed; False if buffers ran out first."""
+        replies = self._replies
+        while replies:
+            if not self._put(queue, replies[0]):
+                return False
+            replies.popleft()
+        while self._owed:
+            link = next(iter(self._owed))
+            while link.connection.owes():
+                chain = queue.pop()
+                if chain is None:
+                    return False
+                packet = link.connection.next_control()
+                assert packet is not None
+                write_header(chain[2], packet)
+                queue.push(chain[0], wire.HEADER_SIZE)
+            del self._owed[link]
+        return True
+
+    def _put(self, queue: Virtqueue, packet: bytes) -> bool:
+        chain = queue.pop()
+        if chain is None:
+            return False
+        write_header(chain[2], packet)
+        queue.push(chain[0], len(packet))
+        return True
+
+    def _pump(self, link: Link, queue: Virtqueue, mask: int) -> int:
+        """Move data of the host into receive buffers; returns its cost, or -1 if there is no
+        buffer."""
+        connection = link.connection
+        if link.host_eof:
+            if mask & _HUP:
+                self._host_closed(link)
+            return 0
+        credit = connection.credit()
+        if not credit:
+            link.blocked = True
+            self._readers.modify(link.fd, _QUIET)
+            return 0
+        chains: list[tuple[Chain, int]] = []
+        vector: list[memoryview] = []
+        room = 0
+        while len(chains) < link.burst and room < credit and len(vector) < MAX_SEGMENTS:
+            chain = queue.pop()
+            if chain is None:
+                break
+            buffers = chain[2]
+            if not buffers:
+                raise QueueError("receive buffer without a byte to write")
+            first = buffers[0]
+            if len(first) > wire.HEADER_SIZE:
+                payload = [first[wire.HEADER_SIZE :], *buffers[1:]]
+            elif len(first) == wire.HEADER_SIZE:
+                payload = buffers[1:]
+            else:
+                payload = skip(buffers, wire.HEADER_SIZE)
+            size = sum(map(len, payload))
+            if not size:
+                raise QueueError("receive buffer without room for a payload")
+            chains.append((chain, size))
+            vector += payload
+            room += size
+        if not chains:
+            return -1
+        if room > credit:
+            vector = trim(vector, credit)
+        try:
+            if len(vector) == 1:
+                count = link.sock.recv_into(vector[0])
+            else:
+                count = link.sock.recvmsg_into(vector)[0]
+        except BlockingIOError:
+            queue.unpop(len(chains))
+            return 0
+        except ConnectionResetError:
+            count = 0
+            mask |= select.EPOLLHUP
+        if not count:
+            queue.unpop(len(chains))
+            link.host_eof = True
+            if mask & _HUP:
+                self._host_closed(link)
+            else:
+                self._readers.modify(link.fd, _QUIET)
+                connection.shutdown(wire.SHUTDOWN_SEND)
+                self._owed[link] = None
+            return 0
+        cost = count
+        used = 0
+        for chain, room in chains:
+            if not count:
+                break
+            size = min(room, count)
+            write_header(chain[2], connection.data_header(size))
+            queue.push(chain[0], wire.HEADER_SIZE + size)
+            count -= size
+            used += 1
+            cost += PACKET_COST
+        if used < len(chains):
+            queue.unpop(len(chains) - used)
+            link.burst = max(1, used)
+        elif link.burst < MAX_BURST:
+            link.burst *= 2
+        return cost
