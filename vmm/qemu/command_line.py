@@ -11,8 +11,8 @@ from typing import Any
 
 from vmm.errors import VmmConfigError
 from vmm.hypervisor import Accelerator, VmConfig
-from vmm.qemu import kernel, memory, pci
-from vmm.qemu.devices import Parts, pci_device
+from vmm.qemu import acpi, kernel, memory, pci
+from vmm.qemu.devices import SERIAL_ID, Parts, pci_device
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """Strictest seccomp policy that still starts: QEMU's helpers are never needed."""
@@ -48,6 +48,7 @@ class Boot:
         qmp_fd: our connected end's peer, in QEMU's numbering.
         memory_fd: memory file of a restored VM.
         incoming: start paused, waiting for a saved state.
+        madt: file with the ACPI table that replaces QEMU's own.
     """
 
     config: VmConfig
@@ -58,6 +59,7 @@ class Boot:
     firmware: Path | None = None
     memory_fd: int | None = None
     incoming: bool = False
+    madt: Path | None = None
 
 
 def build(boot: Boot) -> list[str]:
@@ -79,7 +81,11 @@ def build(boot: Boot) -> list[str]:
     if boot.firmware is not None:
         argv += ["-bios", str(boot.firmware)]
     argv += ["-chardev", f"socket,id=qmp,fd={boot.qmp_fd}", "-mon", "chardev=qmp,mode=control"]
-    argv += ["-kernel", str(config.kernel), "-append", kernel.command_line(config)]
+    parameters = kernel.command_line(config)
+    if boot.madt is not None:
+        argv += ["-acpitable", f"file={boot.madt}"]
+        parameters = f"{acpi.KERNEL_PARAMETER} {parameters}"
+    argv += ["-kernel", str(config.kernel), "-append", parameters]
     if config.initrd is not None:
         argv += ["-initrd", str(config.initrd)]
     argv += _fixed_devices(boot)
@@ -137,7 +143,8 @@ def _memory(config: VmConfig) -> str:
 
 
 def _fixed_devices(boot: Boot) -> list[str]:
-    argv = ["-device", _json(_serial_controller()), "-device", _json(_bridge())]
+    serial = pci_device("virtio-serial-pci", SERIAL_ID, pci.SERIAL_PLACE)
+    argv = ["-device", _json(_bridge()), "-device", _json(serial)]
     for index in range(boot.root_ports):
         port = {
             "driver": "pcie-root-port",
@@ -148,12 +155,13 @@ def _fixed_devices(boot: Boot) -> list[str]:
             "slot": index,
         }
         argv += ["-device", _json(port)]
-    argv += ["-device", "pvpanic"]
-    return argv
-
-
-def _serial_controller() -> dict[str, Any]:
-    return pci_device("virtio-serial-pci", "serial0", pci.root_slot(pci.SERIAL_SLOT))
+    panic = {
+        "driver": "pvpanic-pci",
+        "id": "pvpanic0",
+        "bus": pci.ROOT_BUS,
+        "addr": f"{pci.PANIC_SLOT:#x}",
+    }
+    return [*argv, "-device", _json(panic)]
 
 
 def _bridge() -> dict[str, Any]:

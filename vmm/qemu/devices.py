@@ -34,7 +34,8 @@ MAX_ID = 31
 
 _WELL_FORMED = re.compile(r"[A-Za-z0-9._-]+")  # QEMU's util/id.c
 
-SERIAL_BUS = "serial0.0"
+SERIAL_ID = "serial0"
+SERIAL_BUS = f"{SERIAL_ID}.0"
 SCSI_ID = "scsi0"
 
 FdName = Callable[[int], str]

@@ -35,7 +35,7 @@ from vmm.hypervisor import (
     VsockDevice,
 )
 from vmm.process import HelperProcess
-from vmm.qemu import command_line, devices, hotplug, kernel, memory, metrics, pci, snapshot
+from vmm.qemu import acpi, command_line, devices, hotplug, kernel, memory, metrics, pci, snapshot
 from vmm.qemu.devices import Parts, kind_of
 from vmm.qemu.qmp import Event
 from vmm.qemu.qmp_client import QmpClient
@@ -273,6 +273,7 @@ class Qemu(Hypervisor):
             firmware=self.config.firmware or _find_firmware(self.config.binary),
             memory_fd=memory_fd,
             incoming=memory_fd is not None,
+            madt=self._write_madt(),
         )
         if memory_fd is not None:
             self._pass_fds.append(memory_fd)
@@ -297,6 +298,15 @@ class Qemu(Hypervisor):
             ours.close()
             await self.stop()
             raise
+
+    def _write_madt(self) -> Path | None:
+        """Under TCG the guest needs other words to believe in hot-pluggable vCPUs."""
+        config = self.config
+        if self._accelerator is not Accelerator.TCG or config.max_vcpus <= config.vcpus:
+            return None
+        path = config.state_dir / "madt"
+        path.write_bytes(acpi.madt(config.vcpus, config.max_vcpus))
+        return path
 
     async def _await_control(self, process: HelperProcess, qmp: QmpClient) -> None:
         """Until QMP answers; the guest is running by then.  Raises VmmError if QEMU ends."""

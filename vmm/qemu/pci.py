@@ -7,13 +7,18 @@ the machine that loads it:
 =========  ==================================================================
 slot       what is there
 =========  ==================================================================
-0x01       virtio-serial (console and named ports)
+0x01       root disk
 0x02       pci-bridge-0: 30 slots for hot-plugged disks, NICs and the rest
-0x03       root disk
+0x02/0x1f  virtio-serial (console and named ports), on the bridge
 0x04-0x07  pcie-root-ports, one device each: hot-plugged virtio-fs and vsock
-0x08-0x1e  devices that are there at boot, in the order they were added
+0x08-0x1d  devices that are there at boot, in the order they were added
+0x1e       pvpanic, by which a kernel panic is told from a reboot
 0x1f       the chipset's own
 =========  ==================================================================
+
+The serial controller makes the guest give the bridge its memory windows, 1 MiB each: Linux
+assigns none to a bridge with nothing behind it, and disks plugged later would find no room
+(SeaBIOS leaves windows there, the faster qboot does not).
 
 A path is written as Kata's agents read it: slots in two hex digits from the root bus down,
 ``02/01`` for slot 1 of the bridge, ``04/00`` for the device of the first root port.
@@ -26,12 +31,12 @@ from dataclasses import dataclass
 from vmm.errors import CapacityError
 
 ROOT_BUS = "pcie.0"
-SERIAL_SLOT = 0x01
 BRIDGE_ID = "pci-bridge-0"
 BRIDGE_SLOT = 0x02
-ROOT_DISK_SLOT = 0x03
+ROOT_DISK_SLOT = 0x01
 PORT_SLOTS = range(0x04, 0x08)
-BOOT_SLOTS = range(0x08, 0x1F)
+BOOT_SLOTS = range(0x08, 0x1E)
+PANIC_SLOT = 0x1E
 BRIDGE_SLOTS = range(0x01, 0x1F)
 
 
@@ -52,6 +57,14 @@ class PciSlot:
 def root_slot(slot: int) -> PciSlot:
     """A fixed slot of the root bus."""
     return PciSlot(ROOT_BUS, slot, f"{slot:02x}")
+
+
+def bridge_slot(slot: int) -> PciSlot:
+    """A slot of the bridge."""
+    return PciSlot(BRIDGE_ID, slot, f"{BRIDGE_SLOT:02x}/{slot:02x}")
+
+
+SERIAL_PLACE = bridge_slot(0x1F)
 
 
 def port_id(index: int) -> str:
@@ -83,8 +96,7 @@ class PciLayout:
             CapacityError: all 30 are taken.
         """
         for slot in BRIDGE_SLOTS:
-            place = PciSlot(BRIDGE_ID, slot, f"{BRIDGE_SLOT:02x}/{slot:02x}")
-            if self._is_free(place):
+            if self._is_free(place := bridge_slot(slot)):
                 return self._take(device_id, place)
         raise CapacityError(
             f"no PCI slot left for {device_id}: all {len(BRIDGE_SLOTS)} of the bridge are taken"

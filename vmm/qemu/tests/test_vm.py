@@ -1,0 +1,327 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver against real QEMUs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from vmm.errors import CapacityError, VmmConfigError, VmmError, VmmGoneError
+from vmm.hypervisor import (
+    Accelerator,
+    BalloonDevice,
+    BlockDevice,
+    ConsoleDevice,
+    NetDevice,
+    RngDevice,
+    SerialDevice,
+    VmConfig,
+)
+from vmm.qemu import Qemu
+
+pytestmark = pytest.mark.vm
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+async def test_boot_console_metrics_and_stop(vm_config: VmConfig, boot: Any) -> None:
+    async with boot(vm_config, RngDevice("rng0")) as (vm, shell):
+        status, version = await shell.run("busybox uname -r; false")
+        assert status == 1
+        assert version[0].isdigit()
+        kinds = (await shell.run("busybox cat /sys/bus/virtio/devices/*/device"))[1].split()
+        assert sorted(kinds) == ["0x0002", "0x0003", "0x0004"], "disk, console, rng"
+        assert vm.version.count(".") == 2
+        assert vm.accelerator in (Accelerator.KVM, Accelerator.TCG)
+        pid = vm.pid
+        metrics = await vm.metrics()
+        assert metrics.pids == (pid,)
+        assert list(metrics.vcpu_threads) == [0]
+        assert Path(f"/proc/{pid}/task/{metrics.vcpu_threads[0]}").exists()
+        assert metrics.rss_bytes > 20 << 20
+        assert metrics.cpu_seconds > 0
+        await vm.stop()
+        assert not alive(pid)
+        end = await vm.wait()
+        assert (end.reason, end.status) == ("stopped", -signal.SIGKILL)
+        assert not vm_config.state_dir.exists()
+        with pytest.raises(VmmGoneError):
+            _ = vm.pid
+        with pytest.raises(VmmGoneError):
+            await vm.pause()
+        await vm.stop()
+
+
+async def test_guest_ends_by_itself(vm_config: VmConfig, boot: Any) -> None:
+    async with boot(vm_config) as (vm, shell):
+        await shell._stream.send_all(b"busybox poweroff -f\n")
+        with trio.fail_after(10):
+            assert (await vm.wait()).reason == "guest-shutdown"
+
+
+async def test_guest_panic_is_told_from_a_shutdown(vm_config: VmConfig, boot: Any) -> None:
+    async with boot(vm_config) as (vm, shell):
+        await shell._stream.send_all(b"exit 3\n")
+        with trio.fail_after(10):
+            assert (await vm.wait()).reason == "guest-panic"
+
+
+async def test_killed_vmm_is_reported_to_every_waiter(vm_config: VmConfig, boot: Any) -> None:
+    ends = []
+    async with boot(vm_config) as (vm, _shell), trio.open_nursery() as nursery:
+
+        async def waiter() -> None:
+            ends.append(await vm.wait())
+
+        for _ in range(3):
+            nursery.start_soon(waiter)
+        os.kill(vm.pid, signal.SIGKILL)
+        with trio.fail_after(2):
+            await vm.wait()
+    assert [end.reason for end in ends] == ["died"] * 3
+    assert "SIGKILL" in ends[0].detail
+
+
+async def test_hotplug_disks(vm_config: VmConfig, boot: Any, tmp_path: Path) -> None:
+    path = tmp_path / "disk,with comma"
+    path.write_bytes(b"hello disk".ljust(1 << 20, b"\0"))
+    async with boot(vm_config) as (vm, shell):
+        long_id = "0123456789abcdef" * 4
+        where = await vm.add_device(BlockDevice(long_id, path, readonly=True))
+        assert where.pci_path == "02/01"
+        bus = "/sys/bus/pci/devices/0000:00:02.0"
+        script = (
+            "while [ ! -b /dev/vdb ]; do busybox usleep 10000; done; busybox head -c 10 /dev/vdb; "
+            f"busybox readlink -f {bus}/*/virtio*/block/vdb"
+        )
+        status, text = await shell.run(script)
+        assert status == 0
+        assert text.startswith("hello disk")
+        assert ":01.0/" in text, "slot 1 of the bridge, as the path says"
+        with pytest.raises(VmmConfigError, match="taken"):
+            await vm.add_device(BlockDevice(long_id, path, readonly=True))
+        await vm.remove_device(long_id)
+        assert (await shell.run("test -b /dev/vdb"))[0] != 0
+        assert (await vm.add_device(BlockDevice("again", path))).pci_path == "02/01"
+        with pytest.raises(VmmError, match="nosuch"):
+            await vm.add_device(BlockDevice("b", tmp_path / "nosuch"))
+        with pytest.raises(VmmConfigError, match="no device"):
+            await vm.remove_device("b")
+
+
+async def test_hotplug_scsi_disk(vm_config: VmConfig, boot: Any, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(1 << 20))
+    async with boot(vm_config) as (vm, _shell):
+        first = await vm.add_device(BlockDevice("s0", path, driver="virtio-scsi", readonly=True))
+        second = await vm.add_device(BlockDevice("s1", path, driver="virtio-scsi", readonly=True))
+        assert (first.scsi, second.scsi) == ("0:0", "0:1")
+
+
+async def test_bridge_full_is_a_capacity_error(
+    vm_config: VmConfig, boot: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(1 << 20))
+    async with boot(vm_config) as (vm, _shell):
+        for number in range(30):
+            await vm.add_device(BlockDevice(f"d{number}", path, readonly=True))
+        with pytest.raises(CapacityError, match="30"):
+            await vm.add_device(BlockDevice("d30", path, readonly=True))
+
+
+async def test_refused_device_leaves_nothing(
+    vm_config: VmConfig, boot: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(1 << 20))
+    async with boot(vm_config) as (vm, _shell):
+        ours, theirs = socket.socketpair()
+        with ours, theirs, pytest.raises(VmmError):
+            await vm.add_device(NetDevice("n0", "no mac", (theirs.fileno(),)))
+        nodes = await vm._control.execute("query-named-block-nodes")
+        where = await vm.add_device(BlockDevice("n0", path, readonly=True))
+        assert where.pci_path == "02/01"
+        assert len(await vm._control.execute("query-named-block-nodes")) == len(nodes) + 2
+
+
+async def test_serial_port_and_balloon(vm_config: VmConfig, boot: Any) -> None:
+    port = SerialDevice("agent", "agent.channel.0", vm_config.state_dir / "agent.sock")
+    async with boot(vm_config, port, BalloonDevice("balloon0")) as (_vm, shell):
+        async with await trio.open_unix_socket(str(port.socket)) as stream:
+            await shell.run(
+                "busybox cat /sys/class/virtio-ports/*/name >/mnt/names; "
+                "n=$(busybox grep -l agent /sys/class/virtio-ports/*/name); n=${n%/name}; "
+                "echo from guest >/dev/${n##*/}"
+            )
+            with trio.fail_after(5):
+                assert (await stream.receive_some()).strip() == b"from guest"
+        assert "agent.channel.0" in (await shell.run("busybox cat /mnt/names"))[1]
+
+
+async def test_resize_vcpus(vm_config: VmConfig, boot: Any) -> None:
+    async with boot(vm_config) as (vm, shell):
+        assert await vm.resize_vcpus(2) == 2
+        cpu1 = "/sys/devices/system/cpu/cpu1"
+        status, _ = await shell.run(
+            f"while [ ! -d {cpu1} ]; do busybox usleep 10000; done; echo 1 >{cpu1}/online"
+        )
+        assert status == 0
+        assert (await shell.run("busybox grep -c ^processor /proc/cpuinfo"))[1] == "2"
+        assert sorted((await vm.metrics()).vcpu_threads) == [0, 1]
+        assert await vm.resize_vcpus(1) == 1
+        with pytest.raises(VmmConfigError):
+            await vm.resize_vcpus(3)
+
+
+async def test_resize_memory(vm_config: VmConfig, boot: Any) -> None:
+    total = "busybox awk '/MemTotal/{print $2}' /proc/meminfo"
+    async with boot(vm_config) as (vm, shell):
+        before = int((await shell.run(total))[1])
+        assert await vm.resize_memory(200) == 256
+        assert await vm.resize_memory(300) == 384
+        state = "/sys/devices/system/memory"
+        await shell.run(
+            f"while [ $(busybox grep -c . {state}/memory*/state | busybox wc -l) -lt 3 ]; do "
+            f"busybox usleep 10000; done; for m in {state}/memory*/state; do "
+            "busybox grep -q online $m || echo online >$m; done"
+        )
+        assert int((await shell.run(total))[1]) - before == 128 << 10
+        with pytest.raises(CapacityError):
+            await vm.resize_memory(2000)
+
+
+async def test_pause_resume(vm_config: VmConfig, boot: Any) -> None:
+    async with boot(vm_config) as (vm, shell):
+        await vm.pause()
+        with trio.move_on_after(0.3) as scope:
+            await shell._stream.send_all(b"echo resumed-$((40+2))\n")
+            await shell.read_until(b"resumed-42")
+        assert scope.cancelled_caught
+        await vm.resume()
+        with trio.fail_after(5):
+            await shell.read_until(b"resumed-42")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel": Path("/nonexistent/vmlinux")}, "/nonexistent/vmlinux"),
+        ({"kernel": Path("/etc/passwd")}, "neither"),
+        ({"binary": Path("/nonexistent/qemu")}, "/nonexistent/qemu"),
+        ({"binary": Path("/etc/passwd")}, "not executable"),
+        ({"image": None}, "image or an initrd"),
+        ({"image": Path("/nonexistent/image")}, "guest image"),
+        ({"vcpus": 0}, "vCPUs"),
+        ({"memory_mib": 1 << 40}, "memory"),
+        ({"machine_type": "toaster"}, "toaster"),
+    ],
+)
+async def test_prepare_names_what_is_wrong(
+    vm_config: VmConfig, changes: dict[str, Any], message: str
+) -> None:
+    async with Qemu(replace(vm_config, **changes)) as vm:
+        with pytest.raises(VmmConfigError, match=message):
+            await vm.prepare()
+
+
+async def test_start_failure_has_stderr_and_leaves_nothing(vm_config: VmConfig) -> None:
+    config = replace(vm_config, cpu_features="+nosuchfeature")
+    async with Qemu(config) as vm:
+        await vm.prepare()
+        await vm.add_device(ConsoleDevice("c", config.state_dir / "console.sock"))
+        with pytest.raises(VmmError, match="nosuchfeature"):
+            await vm.start()
+        assert not config.state_dir.exists()
+        assert (await vm.wait()).status == 1
+
+
+async def test_start_of_another_program(vm_config: VmConfig) -> None:
+    async with Qemu(replace(vm_config, binary=Path("/bin/true"))) as vm:
+        await vm.prepare()
+        with pytest.raises(VmmError, match="status 0"):
+            await vm.start()
+
+
+async def test_cancelled_start_leaves_nothing(vm_config: VmConfig) -> None:
+    pids = []
+    with trio.move_on_after(0.05):
+        async with Qemu(vm_config) as vm:
+            await vm.prepare()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(vm.start)
+                await trio.lowlevel.checkpoint()
+                pids.append(vm._process.pid)  # type: ignore[union-attr]
+    assert pids
+    assert not alive(pids[0])
+
+
+async def test_body_exception_passes_unchanged(vm_config: VmConfig) -> None:
+    with pytest.raises(ValueError, match="mine"):
+        async with Qemu(vm_config) as vm:
+            await vm.prepare()
+            await vm.start()
+            pid = vm.pid
+            raise ValueError("mine")
+    assert not alive(pid)
+
+
+def test_vmm_dies_with_its_parent(vm_config: VmConfig, tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import sys, trio
+        from pathlib import Path
+        from vmm.hypervisor import VmConfig
+        from vmm.qemu import Qemu
+
+        async def main():
+            config = VmConfig(id="orphan", state_dir=Path(sys.argv[1]), binary=Path(sys.argv[2]),
+                              kernel=Path(sys.argv[3]), image=Path(sys.argv[4]), memory_mib=256)
+            async with Qemu(config) as vm:
+                await vm.prepare()
+                await vm.start()
+                print(vm.pid, flush=True)
+                await trio.sleep_forever()
+
+        trio.run(main)
+        """
+    )
+    config = vm_config
+    arguments = [config.state_dir, config.binary, config.kernel, config.image]
+    root = Path(__file__).parents[3]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert parent.stdout is not None
+    pid = int(parent.stdout.readline())
+    pidfd = os.pidfd_open(pid)
+    assert alive(pid)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+
+    async def ended() -> None:
+        with trio.fail_after(5):
+            await trio.lowlevel.wait_readable(pidfd)
+
+    trio.run(ended)
+    os.close(pidfd)
+    config.state_dir.rmdir()
