@@ -30,8 +30,9 @@ sys.dont_write_bytecode = True
 
 from shimv2.config import document, locate  # noqa: E402
 
+REQUIREMENTS = TREE / "tools/requirements.txt"
 PACKAGES = ("ttrpc", "vmm", "shimv2", "agent/__init__.py", "agent/api")
-UNWANTED = ("tests", "_tests", "__pycache__", "*.proto", "*.pyi", "*.pyc")
+UNWANTED = ("tests", "conftest.py", "_tests", "__pycache__", "*.proto", "*.pyi", "*.pyc")
 UNWANTED_OF_DEPENDENCIES = ("bin", "__pycache__", "tests", "_tests", "_core/_tests", "*.pyi", "*.c")
 LAUNCHERS = {
     "containerd-shim-kata-v2": "shimv2.cli",
@@ -161,33 +162,32 @@ def remove(path: Path, known: str) -> None:
     path.unlink()
 
 
+def dependencies_name(python: str) -> str:
+    """A name that changes with the list of dependencies and with the interpreter's version."""
+    command = [python, "-IS", "-c", "import sys; print(sys.implementation.cache_tag)"]
+    tag = subprocess.run(command, capture_output=True, check=True).stdout.strip()
+    return hashlib.sha256(REQUIREMENTS.read_bytes() + tag).hexdigest()[:16]
+
+
 def dependencies(python: str, build: Path) -> Path:
     """A directory with the run-time dependencies, made once per list and interpreter."""
-    requirements = TREE / "tools/requirements.txt"
-    version = subprocess.run(
-        [python, "-IS", "-c", "import sys; print(sys.implementation.cache_tag)"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    name = hashlib.sha256(requirements.read_bytes() + version.encode()).hexdigest()[:16]
-    made = build / "deps" / name
+    made = build / "deps" / dependencies_name(python)
     if made.is_dir():
         return made
-    say("downloading " + ", ".join(requirement_names(requirements)))
+    say("downloading " + ", ".join(requirement_names()))
     made.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         target = Path(scratch) / "lib"
         command = [python, "-m", "pip", "install", "--target", str(target)]
         command += ["--quiet", "--no-compile", "--only-binary=:all:", "--root-user-action=ignore"]
-        subprocess.run([*command, "--requirement", str(requirements)], check=True)
+        subprocess.run([*command, "--requirement", str(REQUIREMENTS)], check=True)
         os.replace(target, made)
     return made
 
 
-def requirement_names(requirements: Path) -> list[str]:
-    """The lines of a requirements file without comments."""
-    lines = (line.partition("#")[0].strip() for line in requirements.read_text().splitlines())
+def requirement_names() -> list[str]:
+    """The lines of the list without comments."""
+    lines = (line.partition("#")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
     return [line for line in lines if line]
 
 
@@ -264,6 +264,7 @@ def install(options: argparse.Namespace) -> None:
     """Put everything in place."""
     began = time.monotonic()
     destination = Destination(options.prefix, options.destdir)
+    destination.root.mkdir(parents=True, exist_ok=True)
     print(f"installing under {destination.real(options.prefix)}", flush=True)
     copy_library(destination, options.python, options.build)
     for name, module in LAUNCHERS.items():
