@@ -154,10 +154,8 @@ class Rootfs:
             mounts.umount_detached(self._mounted.pop())
 
     def _target_of(self, spec: MountSpec) -> Path:
-        if not spec.target or spec.target == "/":
-            return self.target
-        inside = Path(os.path.normpath(f"/{spec.target}")).relative_to("/")
-        return self.target / inside
+        inside = os.path.normpath("/" + spec.target.lstrip("/")).lstrip("/")
+        return self.target / inside if inside else self.target
 
 
 def _mount_one(spec: MountSpec, target: Path) -> None:
