@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import os
 import re
 import subprocess
 import time
@@ -12,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from integration.bench.figures import Figure
-from integration.lib.containerd import Containerd
+from integration.lib.containerd import RUNTIME, Containerd
 from integration.lib.images import BUSYBOX_REFERENCE
-from integration.lib.kata import RUNTIME, wait_until
+from integration.lib.kata import wait_until
 
 RUNTIMES = {"runc": "io.containerd.runc.v2", "kata": RUNTIME}
 
@@ -87,7 +89,7 @@ class Workbench:
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         ) as process:
             assert process.stdout is not None
-            while chunk := process.stdout.read1(1 << 20):
+            while chunk := os.read(process.stdout.fileno(), 1 << 20):
                 start = start or time.monotonic()
                 got += len(chunk)
             seconds = time.monotonic() - start
@@ -118,7 +120,7 @@ class Workbench:
         stamps = [(name, float(at)) for name, at in (line.split() for line in lines)]
         self.execute(container_id, "rmdir", "/d")
         return {
-            name: after - at for (name, at), (_, after) in zip(stamps[:-1], stamps[1:], strict=True)
+            name: after - at for (name, at), (_, after) in itertools.pairwise(stamps)
         }
 
     def sequential(self, container_id: str) -> dict[str, float]:

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A container: its bundle, and crun, which does the work.
+
+Methods that take time are generators for the agent's loop.
+"""
+
+from __future__ import annotations
+
+import os
+
+from agent import log, oom, spec
+from agent import stats as cgroup_stats
+from agent.process import Process, TerminalSocket
+from agent.spawn import spawn
+from ttrpc.errors import Code, RpcError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any
+
+    from agent.api import agent_pb2, oci_pb2
+    from agent.sandbox import Sandbox
+
+CRUN = "/usr/bin/crun"
+CRUN_STATE = "/run/crun"
+BUNDLES = "/run/kata-containers"
+CGROUPS = "/sys/fs/cgroup"
+
+_SIGKILL, _SIGTERM = 9, 15
+_LOG_TAIL = 4096  # bytes of crun's log that an error reads
+
+
+class Container:
+    """One container in the guest.
+
+    Attributes:
+        init: its first process.
+        execs: further processes by exec id, until somebody has waited for them.
+    """
+
+    def __init__(self, sandbox: Sandbox, container_id: str, init: Process, cgroup: str) -> None:
+        self.id = container_id
+        self.init = init
+        self.execs: dict[str, Process] = {}
+        self.cgroup = cgroup
+        self.storages: list[str] = []
+        self.bundle = f"{BUNDLES}/{container_id}"
+        self.running = False
+        self.termination_log = (
+            ""  # path in the guest of what the container leaves as its last words
+        )
+        self._sandbox = sandbox
+        self._oom: oom.OomWatch | None = None
+        self._counter = 0
+
+    # --- life ---------------------------------------------------------------------------
+
+    def create(self, document: dict[str, Any]) -> Generator[Any, Any, None]:
+        """Write the bundle and let crun make the container, up to just before its program.
+
+        Raises:
+            RpcError: INTERNAL with crun's own words.
+        """
+        import json
+
+        os.makedirs(self.bundle, mode=0o700, exist_ok=True)
+        with open(f"{self.bundle}/config.json", "w", encoding="utf-8") as file:
+            json.dump(document, file)
+        arguments = ["create", "--bundle", self.bundle]
+        pid = yield from self._start_process(self.init, arguments, [self.id])
+        self.init.started(pid, self._sandbox.reaper)
+
+    def start(self) -> Generator[Any, Any, None]:
+        """Let the program run."""
+        if self.running:
+            raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} was started already")
+        yield from self._crun("start", self.id)
+        self.running = True
+        self._oom = oom.watch(self._sandbox.loop, self.cgroup, self._oom_happened)
+
+    def execute(self, process: Process, oci: oci_pb2.Process) -> Generator[Any, Any, None]:
+        """Run one more process in it.
+
+        Raises:
+            RpcError: ALREADY_EXISTS, FAILED_PRECONDITION, or INTERNAL with crun's words.
+        """
+        import json
+
+        if process.exec_id in self.execs or process.exec_id == self.init.exec_id:
+            raise RpcError(Code.ALREADY_EXISTS, f"exec {process.exec_id!r} exists already")
+        if self.init.ended:
+            raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} has ended")
+        self.execs[process.exec_id] = process
+        path = self._new_path("process.json")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(spec.to_json(oci), file)
+            arguments = ["exec", "--detach", "--process", path]
+            pid = yield from self._start_process(process, arguments, [self.id])
+        except BaseException:
+            del self.execs[process.exec_id]
+            raise
+        finally:
+            os.unlink(path)
+        process.started(pid, self._sandbox.reaper)
+
+    def _start_process(
+        self, process: Process, arguments: list[str], operands: list[str]
+    ) -> Generator[Any, Any, int]:
+        """Run crun with the process's own stdio; returns the process's pid."""
+        pid_file = self._new_path("pid")
+        words = [*arguments, "--pid-file", pid_file]
+        terminal = None
+        try:
+            if process.terminal:
+                terminal = TerminalSocket(self._sandbox.loop, self._new_path("tty"))
+                words += ["--console-socket", terminal.path]
+            yield from self._crun(*words, *operands, stdio=process.inside)
+            if terminal is not None:
+                process.take_terminal((yield terminal.leader))
+            with open(pid_file, encoding="ascii") as file:
+                return int(file.read())
+        except BaseException:
+            process.abandon()
+            raise
+        finally:
+            if terminal is not None:
+                terminal.close()
+            _unlink(pid_file)
+
+    def remove(self) -> Generator[Any, Any, None]:
+        """Kill what runs, and forget the container, its cgroup and its storages."""
+        if self._oom is not None:
+            self._oom.close()
+            self._oom = None
+        yield from self._crun("delete", "--force", self.id)
+        for process in (self.init, *self.execs.values()):
+            process.close()
+        self.execs.clear()
+        for point in reversed(self.storages):
+            self._sandbox.storages.detach(point)
+        self.storages.clear()
+        for name in ("config.json", "crun.log"):
+            _unlink(f"{self.bundle}/{name}")
+        try:
+            os.rmdir(self.bundle)
+        except OSError as error:
+            log.debug("bundle stays", container=self.id, error=error)
+
+    # --- while it runs ------------------------------------------------------------------
+
+    def signal(self, exec_id: str, number: int) -> None:
+        """Send a signal; "" with SIGKILL means everyone in the container.
+
+        A process that has ended already is no error.
+        """
+        if not exec_id and number == _SIGKILL:
+            self._kill_all()
+            return
+        process = self.process(exec_id)
+        if process.ended or not process.pid:
+            return
+        if process is self.init and number == _SIGTERM and not _catches(process.pid, number):
+            number = _SIGKILL  # the kernel keeps an unhandled signal from a namespace's init
+        try:
+            os.kill(process.pid, number)
+        except ProcessLookupError:
+            pass
+
+    def _kill_all(self) -> None:
+        try:
+            with open(f"{CGROUPS}{self.cgroup}/cgroup.kill", "w", encoding="ascii") as file:
+                file.write("1")
+            return
+        except OSError:  # cgroup v1, or the cgroup is gone with its processes
+            pass
+        # The end of a pid namespace's init is the end of everyone in it.
+        if self.init.pid and not self.init.ended:
+            try:
+                os.kill(self.init.pid, _SIGKILL)
+            except ProcessLookupError:
+                pass
+
+    def pause(self) -> Generator[Any, Any, None]:
+        yield from self._crun("pause", self.id)
+
+    def resume(self) -> Generator[Any, Any, None]:
+        yield from self._crun("resume", self.id)
+
+    def update(self, resources: oci_pb2.LinuxResources) -> Generator[Any, Any, None]:
+        """Change the limits."""
+        import json
+
+        path = self._new_path("resources.json")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(spec.to_json(resources), file)
+            yield from self._crun("update", "--resources", path, self.id)
+        finally:
+            _unlink(path)
+
+    def stats(self) -> agent_pb2.StatsContainerResponse:
+        """What the guest's kernel counts for it."""
+        return cgroup_stats.container_stats(self.cgroup)
+
+    def process(self, exec_id: str) -> Process:
+        """The init process for "" or the id it was created with, else an exec.
+
+        Raises:
+            RpcError: NOT_FOUND.
+        """
+        if not exec_id or exec_id == self.init.exec_id:
+            return self.init
+        process = self.execs.get(exec_id)
+        if process is None:
+            raise RpcError(
+                Code.NOT_FOUND, f"process {exec_id!r} of container {self.id!r} does not exist"
+            )
+        return process
+
+    def _oom_happened(self) -> None:
+        self._sandbox.oom_happened(self.id)
+
+    # --- crun ---------------------------------------------------------------------------
+
+    def _crun(
+        self, command: str, *words: str, stdio: tuple[int, int, int] = (-1, -1, -1)
+    ) -> Generator[Any, Any, None]:
+        """Run crun to its end.
+
+        Raises:
+            RpcError: INTERNAL with the last error of its log.
+        """
+        log_path = self._new_path("log")
+        argv = [CRUN, "--root", CRUN_STATE, "--cgroup-manager=cgroupfs", "--log", log_path]
+        stdin, stdout, stderr = stdio
+        try:
+            pid = spawn([*argv, command, *words], stdin=stdin, stdout=stdout, stderr=stderr)
+            status = yield self._sandbox.reaper.status_of(pid)
+            if status:
+                text = _last_error(log_path) or f"crun {command} ended with status {status}"
+                raise RpcError(Code.INTERNAL, text)
+        finally:
+            _unlink(log_path)
+
+    def _new_path(self, end: str) -> str:
+        self._counter += 1
+        return f"/run/{self.id}.{self._counter}.{end}"
+
+
+def _last_error(path: str) -> str:
+    """The message of the last line of crun's text log: `TIME: message`."""
+    try:
+        with open(path, "rb") as file:
+            text = file.read()[-_LOG_TAIL:].decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+    lines = text.strip().splitlines()
+    return lines[-1].partition(": ")[2] if lines else ""
+
+
+def _catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal (SigCgt of proc(5))."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                if line.startswith("SigCgt:"):
+                    return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    except OSError:
+        pass
+    return False
+
+
+def _unlink(path: str) -> None:
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        pass

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pod inside the VM: its containers, and what they share.
+
+The uts, ipc and network namespaces of the pod are the VM's own: nothing else is in it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from agent import init, log, spec
+from agent.container import Container
+from agent.loop import Future, Loop
+from agent.process import Ports, Process
+from agent.reaper import Reaper
+from agent.stdio import Streams
+from agent.storage import Storages
+from ttrpc.errors import Code, RpcError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from typing import Any
+
+    from agent.api import agent_pb2, oci_pb2
+    from agent.cmdline import AgentConfig
+
+_ID_LIMIT = 128
+_CONTAINER_LIMIT = 1024
+_OOM_QUEUE = 64
+_ID_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+
+
+class Sandbox:
+    """There is one in a guest."""
+
+    def __init__(self, loop: Loop, reaper: Reaper, streams: Streams, config: AgentConfig) -> None:
+        self.loop = loop
+        self.reaper = reaper
+        self.streams = streams
+        self.config = config
+        self.storages = Storages(config.hotplug_timeout)
+        self.containers: dict[str, Container] = {}
+        self._pid_namespace_of: Container | None = None
+        self._oom_events: deque[str] = deque(maxlen=_OOM_QUEUE)
+        self._oom_readers: deque[Future] = deque()
+
+    def create(self, request: agent_pb2.CreateSandboxRequest) -> Generator[Any, Any, None]:
+        """Host name, DNS and the storages of the pod."""
+        if request.hostname:
+            init.set_hostname(request.hostname)
+        for module in request.kernel_modules:
+            yield from _load_module(module.name, list(module.parameters))
+        yield from self.storages.attach_all(request.storages)
+        init.set_dns(list(request.dns))
+
+    def destroy(self) -> Generator[Any, Any, None]:
+        """Remove all containers and storages."""
+        for container in list(self.containers.values()):
+            yield from self.remove(container.id)
+        for failure in self.storages.detach_all():
+            log.warning("storage stays", error=failure)
+
+    def create_container(
+        self, request: agent_pb2.CreateContainerRequest
+    ) -> Generator[Any, Any, None]:
+        """Attach what it needs and create it; on an error nothing of it stays."""
+        container_id = check_id(request.container_id)
+        if container_id in self.containers:
+            raise RpcError(Code.ALREADY_EXISTS, f"container {container_id!r} exists already")
+        if len(self.containers) >= _CONTAINER_LIMIT:
+            raise RpcError(
+                Code.RESOURCE_EXHAUSTED, f"this sandbox has {_CONTAINER_LIMIT} containers"
+            )
+        oci = request.OCI
+        process = new_process(self.loop, request.exec_id or container_id, oci.Process)
+        cgroup = spec.cgroup_path(oci.Linux.CgroupsPath) or f"/{container_id}"
+        oci.Linux.CgroupsPath = cgroup
+        container = Container(self, container_id, process, cgroup)
+        container.termination_log = _termination_log(oci)
+        self.containers[container_id] = container
+        try:
+            container.storages = yield from self.storages.attach_all(request.storages, container_id)
+            if request.devices:
+                from agent import devices
+
+                yield from devices.attach_devices(request.devices, oci, self.config.hotplug_timeout)
+            _set_sysctls(spec.shared_sysctls(oci))
+            document = spec.runtime_spec(oci, self._pid_namespace(request.sandbox_pidns))
+            ports = Ports(request.stdin_port, request.stdout_port, request.stderr_port)
+            yield from process.prepare(self.streams, ports, self.config.container_pipe_size)
+            yield from container.create(document)
+        except BaseException:
+            del self.containers[container_id]
+            for point in reversed(container.storages):
+                self.storages.detach(point)
+            raise
+        if self._pid_namespace_of is None:
+            self._pid_namespace_of = container
+
+    def execute(self, request: agent_pb2.ExecProcessRequest) -> Generator[Any, Any, None]:
+        """One more process in a container."""
+        container = self.find(request.container_id)
+        if not request.exec_id or len(request.exec_id) > _ID_LIMIT:
+            raise RpcError(Code.INVALID_ARGUMENT, f"exec_id {request.exec_id[:40]!r} can't be")
+        process = new_process(self.loop, request.exec_id, request.process)
+        ports = Ports(request.stdin_port, request.stdout_port, request.stderr_port)
+        yield from process.prepare(self.streams, ports, self.config.container_pipe_size)
+        try:
+            yield from container.execute(process, request.process)
+        except BaseException:
+            process.abandon()
+            raise
+
+    def remove(self, container_id: str) -> Generator[Any, Any, None]:
+        """Remove a container, whatever its state."""
+        container = self.find(container_id)
+        yield from container.remove()
+        self.containers.pop(container_id, None)
+        if self._pid_namespace_of is container:
+            self._pid_namespace_of = None
+
+    def find(self, container_id: str) -> Container:
+        """Raises NOT_FOUND."""
+        container = self.containers.get(container_id)
+        if container is None:
+            raise RpcError(Code.NOT_FOUND, f"container {container_id!r} does not exist")
+        return container
+
+    def next_oom(self) -> Future:
+        """The id of the next container in which the kernel killed for memory."""
+        future = Future()
+        if self._oom_events:
+            future.set(self._oom_events.popleft())
+        else:
+            self._oom_readers.append(future)
+        return future
+
+    def oom_happened(self, container_id: str) -> None:
+        """Tell who waits for it, or keep it."""
+        log.info("killed for memory", container=container_id)
+        if self._oom_readers:
+            self._oom_readers.popleft().set(container_id)
+        else:
+            self._oom_events.append(container_id)
+
+    def _pid_namespace(self, shared: bool) -> str | None:
+        if not shared:
+            return None
+        owner = self._pid_namespace_of
+        if owner is None or owner.init.ended:
+            raise RpcError(
+                Code.FAILED_PRECONDITION, "no container is there whose pid namespace is shared"
+            )
+        return f"/proc/{owner.init.pid}/ns/pid"
+
+
+def new_process(loop: Loop, exec_id: str, oci: oci_pb2.Process) -> Process:
+    """The agent's view of an OCI process."""
+    return Process(loop, exec_id, terminal=oci.Terminal, user=(oci.User.UID, oci.User.GID))
+
+
+def check_id(container_id: str) -> str:
+    """Kata's rule: an alphanumeric first, then also . - _, more than one character.
+
+    Raises:
+        RpcError: INVALID_ARGUMENT.
+    """
+    good = (
+        1 < len(container_id) <= _ID_LIMIT
+        and container_id[0].isalnum()
+        and _ID_CHARS.issuperset(container_id)
+    )
+    if not good:
+        raise RpcError(Code.INVALID_ARGUMENT, f"container id {container_id[:40]!r} is invalid")
+    return container_id
+
+
+def _termination_log(oci: oci_pb2.Spec) -> str:
+    from agent.diagnostics import ANNOTATION, DEFAULT_PATH
+
+    inside = oci.Annotations.get(ANNOTATION, DEFAULT_PATH)
+    for mount in oci.Mounts:
+        if mount.destination == inside:
+            return mount.source
+    return f"{oci.Root.Path}/{inside.lstrip('/')}"
+
+
+def _set_sysctls(values: dict[str, str]) -> None:
+    for name, value in values.items():
+        path = "/proc/sys/" + name.replace(".", "/")
+        if ".." in path:
+            raise RpcError(Code.INVALID_ARGUMENT, f"sysctl {name!r} is no name")
+        try:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(value)
+        except OSError as error:
+            raise RpcError(
+                Code.INVALID_ARGUMENT, f"sysctl {name} = {value!r}: {error.strerror}"
+            ) from error
+
+
+def _load_module(name: str, parameters: list[str]) -> Generator[Any, Any, None]:
+    from agent.waiting import Command
+
+    done = yield Command(["/sbin/modprobe", "--", name, *parameters])
+    if done.status:
+        text = done.stderr.decode(errors="replace").strip()
+        raise RpcError(Code.INTERNAL, f"kernel module {name!r}: {text}")
