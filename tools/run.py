@@ -70,6 +70,7 @@ def main() -> int:
     parser.add_argument("action", choices=("run", "shell"))
     parser.add_argument("--prefix", type=Path, required=True, help="where the runtime is installed")
     options = parser.parse_args()
+    options.prefix = options.prefix.absolute()
     if os.geteuid() != 0:
         print("error: this starts containerd and virtual machines: run it as root", file=sys.stderr)
         return 1
