@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The host's ends of a process's streams: what a stdin, stdout or stderr URI opens.
 
-Descriptors here are non-blocking.  Forms: facts of the shim contract, ``docs/`` has the table.
+Descriptors here are non-blocking.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 class Sink:
-    """Where output goes.  Several streams may share one (see `acquire`).
+    """Where one output stream goes.
 
     Attributes:
         name: for messages.
@@ -52,22 +52,20 @@ class Sink:
         self.name = name
         self.fd = fd
         self.is_pipe = is_pipe
-        self._users = 1
         self._warned = False
 
     @classmethod
     def null(cls) -> Sink:
         return cls("nowhere", -1, is_pipe=False)
 
-    def acquire(self) -> Sink:
-        """One more stream writes here."""
-        self._users += 1
-        return self
+    def duplicate(self) -> Sink:
+        """The same open file for a second stream, which may wait for room by itself."""
+        fd = fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 3) if self.fd >= 0 else -1
+        return Sink(self.name, fd, is_pipe=self.is_pipe)
 
     def close(self) -> None:
-        """One stream less; the last one closes the descriptor."""
-        self._users -= 1
-        if self._users == 0 and self.fd >= 0:
+        """Idempotent."""
+        if self.fd >= 0:
             trio.lowlevel.notify_closing(self.fd)
             os.close(self.fd)
             self.fd = -1
@@ -77,15 +75,8 @@ class Sink:
         if not self._warned:
             self._warned = True
             log.warning("output to %s is lost: %s", self.name, error.strerror)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) and self.fd >= 0:
-            trio.lowlevel.notify_closing(self.fd)
-            os.close(self.fd)
-            self.fd = -1
-
-    async def wait_writable(self) -> None:
-        """Until there is room, or another user of the sink found it broken."""
-        with contextlib.suppress(trio.ClosedResourceError):
-            await trio.lowlevel.wait_writable(self.fd)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            self.close()
 
     async def write(self, data: bytes | memoryview) -> None:
         """Deliver all of it, waiting for a full pipe's reader; never raises OSError."""
@@ -94,7 +85,7 @@ class Sink:
             try:
                 written = os.write(self.fd, view)
             except BlockingIOError:
-                await self.wait_writable()
+                await trio.lowlevel.wait_writable(self.fd)
             except OSError as error:
                 self.failed(error)
                 return

@@ -110,7 +110,7 @@ class OutputPump:
 
     async def _run_socket(self, source: int) -> None:
         move = self._splice if self._sink.is_pipe else self._copy
-        if self._sink.is_pipe:
+        if self._sink.is_pipe and self._sink.fd >= 0:
             self._poll.register(self._sink.fd, select.POLLOUT)
         while True:
             try:
@@ -142,7 +142,7 @@ class OutputPump:
             except BlockingIOError:
                 if self._poll.poll(0):  # there is room, so it is the source that has nothing
                     raise
-                await self._sink.wait_writable()
+                await trio.lowlevel.wait_writable(self._sink.fd)
             except BrokenPipeError as error:  # a logger that ended
                 self._sink.failed(error)
         return await self._copy(source)

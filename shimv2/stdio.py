@@ -128,7 +128,7 @@ class Stdio:
             return
         self._sinks = [open_sink(stdout) if stdout else Sink.null()]
         if stdout and not self._terminal and (stderr == stdout or stdout.startswith("file://")):
-            self._sinks.append(self._sinks[0].acquire())  # file:// takes both
+            self._sinks.append(self._sinks[0].duplicate())  # file:// takes both
         else:
             self._sinks.append(open_sink(stderr) if stderr else Sink.null())
 
