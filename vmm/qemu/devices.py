@@ -119,15 +119,17 @@ class Parts:
 
 def pci_device(driver: str, device_id: str, place: PciSlot, **extra: Any) -> dict[str, Any]:
     """A modern virtio PCI device without option ROM."""
-    return {
+    arguments = {
         "driver": driver,
         "id": device_id,
         "bus": place.bus,
         "addr": place.address,
-        "disable-legacy": "on",
         "romfile": "",
         **extra,
     }
+    if driver != "vhost-user-fs-pci":  # which has never been anything else
+        arguments["disable-legacy"] = "on"
+    return arguments
 
 
 def blockdev(node: str, device: BlockDevice) -> dict[str, Any]:
