@@ -77,13 +77,16 @@ class OutputPump:
             self._done.set()
             self._progress.set()
             self._notify_idle()
-            await self._reader.aclose()
+            await _close(self._name, self._reader)
 
     async def drained(self) -> None:
         """Return once all that had come from the guest at the time of the call is in the sink."""
         if self._done.is_set():
             return
-        await self._reader.delivered()
+        try:
+            await self._reader.delivered()
+        except Exception as error:  # the guest is gone: what is in the socket is all there is
+            log.debug("%s: %s", self._name, error or type(error).__name__)
         if self._reader.fd is None:
             await self._quiet()
             return
@@ -196,7 +199,7 @@ class InputPump:
             log.debug("%s: %s", self._name, error or type(error).__name__)
         finally:
             self._source.close()
-            await self._writer.aclose()
+            await _close(self._name, self._writer)
 
     def finish(self) -> None:
         """Deliver what is in the fifo now, then end."""
@@ -218,3 +221,10 @@ class InputPump:
             with trio.CancelScope() as self._waiting:
                 await trio.lowlevel.wait_readable(self._source.fd)
             self._waiting = None
+
+
+async def _close(name: str, stream: GuestReader | GuestWriter) -> None:
+    try:
+        await stream.aclose()
+    except Exception as error:  # over RPC that is a call, and the process may be gone
+        log.debug("%s: closing: %s", name, error or type(error).__name__)

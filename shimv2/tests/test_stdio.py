@@ -406,6 +406,38 @@ async def test_stdin_of_a_process_that_does_not_read(fifo) -> None:
         os.close(client)
 
 
+async def test_a_guest_that_is_gone_harms_nobody_else(fifo) -> None:
+    class Gone(Collector):
+        async def aclose(self) -> None:
+            await super().aclose()
+            raise ConnectionError("no guest")
+
+    class GoneReader(SocketReader):
+        async def delivered(self) -> None:
+            raise ConnectionError("no guest")
+
+        async def aclose(self) -> None:
+            await super().aclose()
+            raise ConnectionError("no guest")
+
+    stdin, stdout = fifo("in"), fifo("out")
+    out = os.open(stdout, os.O_RDONLY | os.O_NONBLOCK)
+    guest, host = socket.socketpair()
+    writer = Gone()
+    async with make(stdin=str(stdin), stdout=str(stdout)) as stdio:
+        await stdio.open()
+        stdio.start(writer, GoneReader(host), None)
+        guest.send(b"last words")
+        with trio.fail_after(5):
+            await stdio.drained(timeout=4)
+            assert os.read(out, 100) == b"last words"
+            await stdio.close_stdin()
+            await writer.ended.wait()
+            guest.close()
+            await trio.lowlevel.wait_readable(out)
+    os.close(out)
+
+
 async def test_stdin_from_a_file_ends_by_itself() -> None:
     guest = Collector()
     async with make(stdin="/dev/null") as stdio:
