@@ -59,7 +59,8 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
 fi
 
 # What the guest is built with.
-if ! "$python" rootfs-builder/deps.py --kernel "$kernel" >/dev/null; then
+if ! guest=$("$python" rootfs-builder/deps.py --kernel "$kernel"); then
+  echo "deps: ${guest%%$'\n'*}"
   update
   "$python" rootfs-builder/deps.py --kernel "$kernel" --install >/dev/null
 fi
