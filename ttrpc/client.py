@@ -92,11 +92,9 @@ class Client:
         traceback: TracebackType | None,
     ) -> None:
         self._lose(_CLOSED)
+        # The reader closes the stream. The body's error is its own, not one of a group.
         self._nursery.cancel_scope.cancel()
-        try:
-            await self._transport.aclose()
-        finally:
-            await self._nursery_manager.__aexit__(None, None, None)
+        await self._nursery_manager.__aexit__(None, None, None)
 
     @property
     def closed(self) -> bool:
@@ -125,8 +123,9 @@ class Client:
             reason = f"the connection broke: {error.__cause__ or error}"
         except ProtocolError as error:
             reason = f"the peer broke the protocol: {error}"
+        finally:
+            await self._transport.aclose()
         self._lose(reason)
-        await self._transport.aclose()
 
     async def _read_until_end(self) -> str:
         connection = self._connection
