@@ -69,6 +69,9 @@ class RawOutput(Output):
 
     def drained(self) -> Future:
         future = Future()
+        if self._source < 0:
+            future.set()
+            return future
         self._drained.append(future)
         self._pump(0)
         return future

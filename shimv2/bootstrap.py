@@ -141,7 +141,7 @@ def socket_path(grpc_address: str, namespace: str, group: str, directory: str = 
 def _sha256_hex(data: bytes) -> str:
     # hashlib loads OpenSSL, which takes longer than all the rest of `start`.
     try:
-        from _sha256 import sha256  # Python 3.11
+        from _sha256 import sha256  # type: ignore[import-not-found]  # Python 3.11
     except ImportError:
         from _sha2 import sha256  # type: ignore[import-not-found]  # 3.12 and later
     digest: str = sha256(data).hexdigest()

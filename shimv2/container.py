@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
-from ttrpc.errors import Code, RpcError
 
 from agent.api import agent_pb2
 from shimv2.api import task_events_pb2, task_types_pb2
@@ -22,6 +21,7 @@ from shimv2.process import Process, State
 from shimv2.rootfs import Rootfs
 from shimv2.spec import HookKind, Spec, SpecError
 from shimv2.volumes import share_mounts
+from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
     from shimv2.guest import Guest
@@ -109,7 +109,7 @@ class Container:
 
     def watch(self) -> None:
         """From now on the end of init is seen, also of one that was never started."""
-        self._sandbox.nursery.start_soon(self._watch_init)
+        self._sandbox.start_soon(self._watch_init)
 
     async def start(self) -> None:
         """Let init run."""
@@ -224,7 +224,7 @@ class Container:
                 container_id=self.id, exec_id=process.exec_id, pid=self._sandbox.pid
             )
         )
-        self._sandbox.nursery.start_soon(self._watch_exec, guest, process)
+        self._sandbox.start_soon(self._watch_exec, guest, process)
 
     async def _watch_exec(self, guest: Guest, process: Process) -> None:
         self._exited(process, await process.wait_in_guest(guest))

@@ -9,7 +9,6 @@ import signal
 import socket
 
 import trio
-from ttrpc.server import Server
 
 from shimv2 import log as shim_log
 from shimv2.api import sandbox_pb2, task_v2_pb2, task_v3_pb2
@@ -20,6 +19,7 @@ from shimv2.sandbox_service import SandboxService
 from shimv2.state import remove_sandbox, remove_socket
 from shimv2.task_service import TaskService
 from shimv2.timeline import Timeline
+from ttrpc.server import Server
 
 log = logging.getLogger("shim")
 

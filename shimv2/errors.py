@@ -6,14 +6,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from ttrpc.errors import Code, RpcError
-
+from shimv2.cgroups import CgroupError
 from shimv2.config import ConfigError
 from shimv2.hooks import HookError
 from shimv2.rootfs import RootfsError
 from shimv2.share import ShareError
 from shimv2.spec import SpecError
 from shimv2.stdio import StdioError
+from ttrpc.errors import Code, RpcError
 from vmm.errors import CapacityError, UnsupportedError, VmmConfigError, VmmError, VmmGoneError
 
 # The first that fits counts, so subclasses stand before their bases.
@@ -24,6 +24,7 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (RootfsError, Code.FAILED_PRECONDITION),
     (ShareError, Code.FAILED_PRECONDITION),
     (HookError, Code.FAILED_PRECONDITION),
+    (CgroupError, Code.FAILED_PRECONDITION),
     (VmmConfigError, Code.FAILED_PRECONDITION),
     (CapacityError, Code.RESOURCE_EXHAUSTED),
     (UnsupportedError, Code.UNIMPLEMENTED),

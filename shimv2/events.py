@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import trio
 from google.protobuf.message import Message
-from ttrpc.errors import RpcError
 
 from shimv2.api import events_service_pb2, task_events_pb2
+from ttrpc.errors import RpcError
 
 if TYPE_CHECKING:
     from ttrpc.client import Client

@@ -16,9 +16,6 @@ from typing import Any, Self
 
 import trio
 from google.protobuf.message import Message
-from ttrpc.client import Client
-from ttrpc.errors import Code, RpcError
-from vmm.virtiofsd import Virtiofsd
 
 from agent.api import agent_pb2, health_pb2
 from shimv2.config import Config
@@ -28,9 +25,12 @@ from shimv2.stats import add_stats
 from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, SocketWriter
 from shimv2.timeline import Timeline
 from shimv2.vm_settings import SHARE_TAG, virtiofs_socket, vm_config
+from ttrpc.client import Client
+from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
 from vmm.hypervisor import ConsoleDevice, FsDevice, Hypervisor, Placement, RngDevice
 from vmm.qemu.driver import Qemu
+from vmm.virtiofsd import Virtiofsd
 from vmm.vsock import VsockChannel, VsockConnection, VsockRefused, open_channel
 
 log = logging.getLogger("guest")
@@ -269,6 +269,14 @@ class Guest:
                     ),
                 )
         return total
+
+    async def vcpu_threads(self) -> list[int]:
+        """Host thread ids of the VM's processors; none once it is gone."""
+        assert self._vm is not None
+        try:
+            return list((await self._vm.metrics()).vcpu_threads.values())
+        except VmmError:
+            return []
 
     async def facts(self) -> dict[str, str]:
         """About the VM, for SandboxStatus and for people."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
-from ttrpc.errors import Code, RpcError
 
 from agent.api import agent_pb2
 from shimv2.config import Config
 from shimv2.guest import Guest
 from shimv2.placement import SandboxPlacement
+from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
     from shimv2.sandbox import Sandbox
@@ -118,6 +118,7 @@ class Life:
                 self._guest = guest
                 log.info("guest is up: %s", sandbox.timeline)
                 self._decided.set()
+                placement.add_vcpu_threads(await guest.vcpu_threads())
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(sandbox.watch_oom, guest)
                     reason = await guest.wait_lost()

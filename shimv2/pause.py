@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ttrpc.errors import Code, RpcError
-
 from agent.api import agent_pb2
 from shimv2.api import task_events_pb2
 from shimv2.container import Container
 from shimv2.life import Life
 from shimv2.process import Process, State
 from shimv2.spec import HookKind
+from ttrpc.errors import Code, RpcError
 
 _SIGTERM, _SIGINT = 15, 2
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from ttrpc.errors import Code, RpcError
-
 from shimv2.cgroups import SandboxCgroups
 from shimv2.namespaces import is_host_network, new_network_namespace, open_network_namespace
+from ttrpc.errors import Code, RpcError
 from vmm.hypervisor import Placement
 
 if TYPE_CHECKING:
@@ -58,14 +58,22 @@ class SandboxPlacement:
                 sandbox_only=self._origin.config.runtime.sandbox_cgroup_only,
             )
             self._cgroups.create()
+            self._cgroups.add_shim()
         except BaseException:
             os.close(self._fd)
+            if self._cgroups is not None:
+                self._cgroups.delete()
             raise
         self.cgroup_dirs = [str(path) for path in self._cgroups.directories]
         self.vmm = Placement(
             netns=Path(f"/proc/self/fd/{self._fd}"), cgroup_procs=self._cgroups.procs_files()
         )
         return self
+
+    def add_vcpu_threads(self, threads: Iterable[int]) -> None:
+        """Put the VMM's vCPU threads where the pod's CPU limits hold."""
+        assert self._cgroups is not None
+        self._cgroups.add_vcpu_threads(threads)
 
     def __exit__(
         self,
@@ -75,4 +83,5 @@ class SandboxPlacement:
     ) -> None:
         os.close(self._fd)
         if self._cgroups is not None:
-            self._cgroups.delete()
+            for problem in self._cgroups.delete():
+                log.warning("left behind: %s", problem)

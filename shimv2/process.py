@@ -9,10 +9,10 @@ import time
 from typing import TYPE_CHECKING
 
 import trio
-from ttrpc.errors import Code, RpcError
 
 from shimv2.api import task_types_pb2
 from shimv2.stdio import Stdio
+from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
     from shimv2.guest import Guest

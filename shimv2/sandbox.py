@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,6 @@ from typing import Any, Self
 
 import trio
 from google.protobuf import timestamp_pb2
-from ttrpc.errors import Code, RpcError
 
 from shimv2 import spec as oci
 from shimv2 import volumes
@@ -33,6 +33,7 @@ from shimv2.share import Share
 from shimv2.state import SandboxRecord, share_dir
 from shimv2.stats import Metrics, host_is_unified, to_containerd
 from shimv2.timeline import Timeline
+from ttrpc.errors import Code, RpcError
 
 log = logging.getLogger("sandbox")
 
@@ -96,6 +97,8 @@ class Sandbox:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and not isinstance(error, trio.Cancelled):
+            log.critical("the sandbox ends by an error of the shim's own", exc_info=error)
         self.nursery.cancel_scope.cancel()
         await self._nursery_manager.__aexit__(kind, error, trace)
         self.share.close()
@@ -178,6 +181,16 @@ class Sandbox:
         """Cgroups to remove at the end, innermost first."""
         self._record.cgroups = paths
         self._record.save()
+
+    def start_soon(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Run a task of the sandbox; what it lets out is logged and ends nothing else."""
+        self.nursery.start_soon(self._guarded, work, *args)
+
+    async def _guarded(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        try:
+            await work(*args)
+        except Exception:
+            log.exception("a task of the sandbox failed")
 
     def life_ended(self, life: Life, reason: str, *, asked_for: bool) -> None:
         """The VM is gone: so is everything that ran in it."""
@@ -355,7 +368,7 @@ class Sandbox:
     def init_exited(self, container: Container) -> None:
         """The sandbox's own container ends the VM, without waiting for its Delete."""
         if container.id == self.id and not self._by_api and self._life is not None:
-            self.nursery.start_soon(self._life.stop)
+            self.start_soon(self._life.stop)
 
     async def stats(self, container_id: str) -> Metrics:
         """A container's statistics in the host's cgroup version."""

@@ -8,15 +8,14 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import trio
-from ttrpc.errors import Code, RpcError
 
 from shimv2.api import sandbox_pb2 as api
 from shimv2.errors import as_rpc_error
+from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
-    from ttrpc.server import Context
-
     from shimv2.sandbox import Sandbox
+    from ttrpc.server import Context
 
 READY = "SANDBOX_READY"
 NOT_READY = "SANDBOX_NOTREADY"

@@ -174,8 +174,10 @@ def remove_sandbox(sandbox_id: str) -> list[str]:
     record = SandboxRecord.load(sandbox_id)
     if record is not None:
         left += [f"process {name}" for name in kill_processes(record.processes)]
-        for cgroup in record.cgroups:
-            left += _remove_cgroup(cgroup)
+        if record.cgroups:
+            from shimv2 import cgroups
+
+            left += [text for path in record.cgroups if (text := cgroups.remove(Path(path)))]
         if record.socket:
             remove_socket(record.socket)
     for directory in (vm_dir(sandbox_id), share_dir(sandbox_id), sandbox_dir(sandbox_id)):
@@ -234,13 +236,3 @@ def _detach_mounts_below(directory: Path) -> None:
 
         for point in reversed(mounted):
             umount_detached(Path(point))
-
-
-def _remove_cgroup(path: str) -> list[str]:
-    try:
-        os.rmdir(path)
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        return [f"cgroup {path}: {error.strerror}"]
-    return []

@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from google.protobuf.message import Message
-from ttrpc.errors import Code, RpcError
 
 from agent.api import agent_pb2
+from ttrpc.errors import Code, RpcError
 from vmm.vsock import VsockConnection
 
 _CHUNK = 32 << 10  # of one Read/WriteStream call, as Kata's shim does

@@ -12,15 +12,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import empty_pb2
-from ttrpc.errors import Code, RpcError
 
 from shimv2.errors import as_rpc_error
 from shimv2.process import Process
+from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
-    from ttrpc.server import Context
-
     from shimv2.sandbox import Sandbox
+    from ttrpc.server import Context
 
 _EMPTY = empty_pb2.Empty()
 
