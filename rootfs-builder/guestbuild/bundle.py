@@ -8,19 +8,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from guestbuild import digest, root, tree
+from guestbuild import digest, root, startup, tree
 from guestbuild.description import Agent, Description
 from guestbuild.errors import BuildError
 
-INIT = "/usr/sbin/init"
 _LEFT_OUT = {"tests", "__pycache__"}
-_INIT_TEXT = """\
-#!/usr/bin/python3 -IS
-import sys
-sys.path.append("{library}")
-from {module} import {function}
-{function}()
-"""
 
 
 def sources(agent: Agent) -> Iterator[tuple[str, Path]]:
@@ -52,8 +44,15 @@ def key(description: Description) -> str:
         else:
             files.append((extra.target, extra.source))
     modes = [[extra.target, extra.mode] for extra in description.files]
-    options = [description.agent.entry, description.agent.keep_sources, modes]
-    return digest.of_value([digest.of_tree(files), options, digest.of_builder("bundle")])
+    agent = description.agent
+    options = [agent.entry, agent.packages, agent.lazy, agent.keep_sources, modes]
+    return digest.of_value(
+        [
+            digest.of_tree(files),
+            options,
+            digest.of_builder("bundle", "startup", "guest/loader", "guest/collect"),
+        ]
+    )
 
 
 def install(description: Description, target: Path) -> None:
@@ -69,11 +68,7 @@ def install(description: Description, target: Path) -> None:
         root.compile_tree(target, f"{root.LIBRARY}/{package}")
         if not agent.keep_sources:
             _only_bytecode(library / package)
-    module, _, function = agent.entry.partition(":")
-    init = tree.inside(target, INIT)
-    init.unlink(missing_ok=True)
-    init.write_text(_INIT_TEXT.format(library=root.LIBRARY, module=module, function=function))
-    init.chmod(0o755)
+    startup.write(target, agent)
     for extra in description.files:
         _copy(extra.source, tree.inside(target, extra.target), extra.mode)
 

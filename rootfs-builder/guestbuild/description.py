@@ -34,6 +34,7 @@ class Agent:
     path: Path
     packages: tuple[str, ...] = ("agent", "ttrpc")
     entry: str = "agent.main:main"
+    lazy: tuple[str, ...] = ()
     keep_sources: bool = True
 
 
@@ -70,6 +71,7 @@ class Description:
     mirror: str | None = None
     security_mirror: str | None = None
     wheels: tuple[str, ...] = ()
+    drop_needed: tuple[tuple[str, str], ...] = ()
     files: tuple[ExtraFile, ...] = ()
     directories: tuple[str, ...] = ()
     symlinks: tuple[tuple[str, str], ...] = ()
@@ -115,6 +117,10 @@ class _Reader:
             mirror=self._optional(top.get("mirror"), "mirror"),
             security_mirror=self._optional(top.get("security_mirror"), "security_mirror"),
             wheels=self._texts(top.get("wheels", []), "wheels"),
+            drop_needed=tuple(
+                (self._guest_path(path, "drop_needed"), self._text(name, f"drop_needed.{path}"))
+                for path, name in self._mapping(top.get("drop_needed", {}), "drop_needed").items()
+            ),
             files=tuple(self._files(top.get("files", []))),
             directories=self._guest_paths(top.get("directories", []), "directories"),
             symlinks=tuple(
@@ -134,6 +140,7 @@ class _Reader:
             path=self._host_path(found.get("path"), "agent.path"),
             packages=self._texts(found.get("packages", list(Agent.packages)), "agent.packages"),
             entry=self._text(found.get("entry", Agent.entry), "agent.entry"),
+            lazy=self._texts(found.get("lazy", []), "agent.lazy"),
             keep_sources=self._flag(found.get("keep_sources", True), "agent.keep_sources"),
         )
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", agent.entry):

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from guestbuild import digest, tree, wheel
+from guestbuild import digest, elf, tree, wheel
 from guestbuild.apt import acquire_options
 from guestbuild.command import run
 from guestbuild.description import Description
@@ -56,28 +56,24 @@ def python_version(root: Path) -> str:
     return found[0]
 
 
+def interpreter(root: Path) -> list[str | Path]:
+    """Words that run the guest's own Python in its root.
+
+    The hash seed is fixed, as the order of a set's members is written into bytecode. (`-I` would
+    have the variable ignored.)
+    """
+    python = f"/usr/bin/python{python_version(root)}"
+    environment = ["/usr/bin/env", "-i", "PYTHONHASHSEED=0", "LC_ALL=C.UTF-8"]
+    return [*environment, "/usr/sbin/chroot", root, python, "-sSP"]
+
+
 def compile_tree(root: Path, folder: str) -> None:
     """Compile a folder's Python to bytecode, by the guest's own interpreter.
 
     The pycs are of the unchecked-hash kind: a start never looks at a source's time or content.
-    The hash seed is fixed, as the order of a frozenset's members is written into them.
     """
-    python = f"/usr/bin/python{python_version(root)}"
-    environment = ["/usr/bin/env", "-i", "PYTHONHASHSEED=0", "LC_ALL=C.UTF-8"]
     options = ["-q", "--invalidation-mode", "unchecked-hash", "-x", r"/tests?/|/lib2to3/"]
-    run(
-        [
-            *environment,
-            "/usr/sbin/chroot",
-            root,
-            python,
-            "-sS",
-            "-m",
-            "compileall",
-            *options,
-            folder,
-        ]
-    )
+    run([*interpreter(root), "-m", "compileall", *options, folder])
 
 
 def build(
@@ -87,8 +83,8 @@ def build(
     key = digest.of_value(
         [
             *(archive.lines, description.packages, description.wheels, description.directories),
-            *(description.symlinks, description.remove, description.keep),
-            digest.of_builder("root", "tree", "wheel"),
+            *(description.symlinks, description.remove, description.keep, description.drop_needed),
+            digest.of_builder("root", "tree", "wheel", "elf"),
         ]
     )
     folder = cache / "roots" / key
@@ -112,6 +108,8 @@ def build(
             wheel.unpack(path, library)
             name, number = wheel.version(path)
             packages[f"pypi:{name}"] = number
+        for name, unused in description.drop_needed:
+            _drop_needed(tree.inside(fresh.tree, name), unused)
         tree.prune(fresh.tree, description.remove, description.keep)
         for directory in (*_DIRECTORIES, *description.directories):
             tree.inside(fresh.tree, directory).mkdir(parents=True, exist_ok=True)
@@ -141,6 +139,13 @@ def _unpack(description: Description, archive: Archive, target: Path) -> dict[st
     ]
     run(["mmdebstrap", *options, archive.suite, target, *archive.lines])
     return dict(_deb_name(name) for name in listing.read_text().split())
+
+
+def _drop_needed(path: Path, library: str) -> None:
+    try:
+        path.write_bytes(elf.drop_needed(path.read_bytes(), library))
+    except (OSError, ValueError) as error:
+        raise BuildError(f"drop_needed: {path.name}: {error}") from error
 
 
 def _deb_name(file_name: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from guestbuild import bzimage, cpio, mbr
 
 

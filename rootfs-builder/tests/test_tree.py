@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from guestbuild import tree
 from guestbuild.errors import BuildError
 
