@@ -52,6 +52,7 @@ ASSETS = {
     "vmlinux": "vmlinux.container",
     "kata-containers.img": "kata-containers.img",
     "kata-containers-initrd.img": "kata-containers-initrd.img",
+    "modules-initrd.img": "modules-initrd.img",
     "kata-containers.json": "kata-containers.json",
 }
 ENABLED_ANNOTATIONS = ["^default_vcpus$", "^default_memory$", "^kernel_params$", "^enable_iommu$"]
@@ -255,6 +256,8 @@ def configuration(destination: Destination, installed: set[str]) -> str:
     }
     if "kata-containers.img" in installed or "kata-containers-initrd.img" not in installed:
         hypervisor |= {"image": str(share / "kata-containers.img"), "rootfs_type": "erofs"}
+        if "modules-initrd.img" in installed:
+            hypervisor["modules_initrd"] = str(share / "modules-initrd.img")
     else:
         hypervisor["initrd"] = str(share / "kata-containers-initrd.img")
     return document.sample({"hypervisor.qemu": hypervisor})

@@ -30,7 +30,7 @@ SECTIONS: Mapping[str, type[Section]] = {
     "factory": FactoryConfig,
 }
 HEAD = """\
-# Configuration of the pykata runtime (Kata Containers' keys, and two of our own).
+# Configuration of the pykata runtime (Kata Containers' keys, and a few of our own).
 #
 # A line that starts with # shows a default.  To change something, copy this file to
 # /etc/kata-containers/configuration.toml, or put only what differs in a file of

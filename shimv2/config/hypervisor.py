@@ -60,6 +60,13 @@ class HypervisorConfig(Section):
     initrd: Path | None = key(
         None, "the guest's initrd; not together with `image`", annotation=SAME_NAME, sample=True
     )
+    modules_initrd: Path | None = key(
+        None,
+        "an initrd that loads the kernel's modules and then mounts the image; not needed by a "
+        "kernel with its drivers built in",
+        own=True,
+        sample=True,
+    )
     rootfs_type: str = key(
         "ext4",
         "file system on the image's first partition",

@@ -50,6 +50,8 @@ def resolve(config: Config, prefix: Path | None) -> Config:
         )
     if vm.image and vm.initrd:
         raise ConfigError(f"{at}: image and initrd: expected only one of the two")
+    if vm.modules_initrd and vm.initrd:
+        raise ConfigError(f"{at}: initrd and modules_initrd: expected only one of the two")
     if vm.hot_plug_vfio != "no-port" and vm.cold_plug_vfio != "no-port":
         raise ConfigError(f"{at}: hot_plug_vfio and cold_plug_vfio: expected only one of the two")
     vm = _sized(vm, at)

@@ -168,6 +168,7 @@ def test_an_error_names_the_file_the_value_came_from(load):
         ('vsock = "x"', 'vsock = "x": expected one of "auto", "vhost"'),
         ("block_device_logical_sector_size = 1000", "expected a power of two"),
         ('image = "/a"\ninitrd = "/b"', "image and initrd: expected only one"),
+        ('initrd = "/a"\nmodules_initrd = "/b"', "initrd and modules_initrd: expected only one"),
         ("[hypervisor.qemu.kernel]", "kernel = {}: expected a text"),
         ("confidential_guest = true", "confidential_guest = true: this runtime can't do that"),
         ("rootless = true", "rootless = true: this runtime can't do that"),
