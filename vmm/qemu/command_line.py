@@ -84,7 +84,7 @@ def build(boot: Boot) -> list[str]:
     parameters = kernel.command_line(config)
     if boot.madt is not None:
         argv += ["-acpitable", f"file={boot.madt}"]
-        parameters = f"{acpi.KERNEL_PARAMETER} {parameters}"
+        parameters = f"{acpi.kernel_parameters(config.vcpus)} {parameters}"
     argv += ["-kernel", str(config.kernel), "-append", parameters]
     if config.initrd is not None:
         argv += ["-initrd", str(config.initrd)]

@@ -155,14 +155,16 @@ class Qemu(Hypervisor):
 
     @property
     def capabilities(self) -> Capabilities:
+        more_vcpus = self.config.max_vcpus > self.config.vcpus
         return Capabilities(
             block_hotplug=True,
             net_hotplug=True,
             fs_hotplug=True,
             vsock_hotplug=True,
             virtio_fs=self.config.shared_memory,
-            vcpu_hotplug=self.config.max_vcpus > self.config.vcpus,
-            vcpu_unplug=self.config.max_vcpus > self.config.vcpus,
+            vcpu_hotplug=more_vcpus,
+            # QEMU 7.2 under TCG leaks an unplugged vCPU and ends when it is plugged again.
+            vcpu_unplug=more_vcpus and self._accelerator is Accelerator.KVM,
             memory_hotplug=memory.can_grow(self.config),
             balloon=True,
             save_restore=self.config.shared_memory and not self.config.hugepages,
@@ -213,7 +215,7 @@ class Qemu(Hypervisor):
             raise VmmConfigError(
                 f"{count} vCPUs are not between 1 and {self.config.max_vcpus}, this VM's limits"
             )
-        return await self._hot.resize_vcpus(count)
+        return await self._hot.resize_vcpus(count, shrink=self.capabilities.vcpu_unplug)
 
     async def resize_memory(self, mib: int) -> int:
         return await self._hot.resize_memory(mib)
@@ -305,7 +307,7 @@ class Qemu(Hypervisor):
         if self._accelerator is not Accelerator.TCG or config.max_vcpus <= config.vcpus:
             return None
         path = config.state_dir / "madt"
-        path.write_bytes(acpi.madt(config.vcpus, config.max_vcpus))
+        path.write_bytes(acpi.madt(config.max_vcpus))
         return path
 
     async def _await_control(self, process: HelperProcess, qmp: QmpClient) -> None:

@@ -86,7 +86,9 @@ class Plugger:
             del self._plugged[device_id]
             await self._take_back(_undo_of(parts))
 
-    async def resize_vcpus(self, count: int) -> int:
+    async def resize_vcpus(self, count: int, *, shrink: bool) -> int:
+        """Plug or (if `shrink`) unplug vCPUs, those of the boot excepted; returns how many
+        there are then."""
         async with self._lock:
             slots = await self._qmp.execute("query-hotpluggable-cpus")
             present = [slot for slot in slots if "qom-path" in slot]
@@ -98,7 +100,7 @@ class Plugger:
                     "device_add", {"driver": slot["type"], "id": f"cpu-{now}", **slot["props"]}
                 )
                 now += 1
-            while now > count:
+            while shrink and now > count:
                 name = f"cpu-{now - 1}"
                 if not any(slot["qom-path"].endswith(f"/{name}") for slot in present):
                     break  # there since the boot: it stays

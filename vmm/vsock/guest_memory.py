@@ -8,6 +8,7 @@ nothing outside a region can be reached.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -57,7 +58,9 @@ class Region:
 
     def close(self) -> None:
         self.view.release()
-        self._map.close()
+        # A view that an exception's traceback still holds keeps the mapping until it goes.
+        with contextlib.suppress(BufferError):
+            self._map.close()
 
 
 class GuestMemory:
