@@ -8,11 +8,14 @@ a message and out again. Field numbers: request.proto of containerd/ttrpc, googl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import namedtuple
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
 
+TYPE_CHECKING = False  # importing typing costs the guest agent milliseconds
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import NamedTuple
+
     from google.protobuf.any_pb2 import Any
 
     # What is decoded from: slices of either become bytes without a second copy.
@@ -31,23 +34,28 @@ class EnvelopeError(ValueError):
     """The bytes of a frame are no such message."""
 
 
-class Request(NamedTuple):
-    """A request as decoded. timeout_nano: nanoseconds, 0 for none, negative if already over."""
+if TYPE_CHECKING:
 
-    service: str
-    method: str
-    payload: bytes
-    timeout_nano: int
-    metadata: list[tuple[str, str]]
+    class Request(NamedTuple):
+        """A request as decoded. timeout_nano: nanoseconds, 0 for none, negative if already over."""
 
+        service: str
+        method: str
+        payload: bytes
+        timeout_nano: int
+        metadata: list[tuple[str, str]]
 
-class Response(NamedTuple):
-    """A response as decoded. details: serialized google.protobuf.Any messages."""
+    class Response(NamedTuple):
+        """A response as decoded. details: serialized google.protobuf.Any messages."""
 
-    payload: bytes
-    code: int
-    message: str
-    details: list[bytes]
+        payload: bytes
+        code: int
+        message: str
+        details: list[bytes]
+
+else:
+    Request = namedtuple("Request", "service method payload timeout_nano metadata")
+    Response = namedtuple("Response", "payload code message details")
 
 
 def varint(number: int) -> bytes:

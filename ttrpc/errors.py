@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False  # importing typing costs the guest agent milliseconds
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from google.protobuf.any_pb2 import Any
 
 
