@@ -52,7 +52,12 @@ class AgentConfig(Section):
         support=INERT,
     )
     launch_process_timeout: int = key(
-        0, "limit of the guest's helpers; 0 means the agent's own", unit="s", low=0, high=U32
+        0,
+        "limit of the guest's helpers; 0 means the agent's own",
+        unit="s",
+        low=0,
+        high=U32,
+        support=INERT,
     )
     create_container_timeout: int = key(
         0,

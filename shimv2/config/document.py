@@ -62,7 +62,11 @@ def sample(values: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [HEAD]
     for section, known in SECTIONS.items():
         given = values.get(section, {})
-        shown = [(item, key) for item, key in keys_of(known) if key.sample or item.name in given]
+        shown = [
+            (item, key)
+            for item, key in keys_of(known)
+            if item.name in given or (key.sample and key.support is Support.YES)
+        ]
         if not shown:
             continue
         lines.append(f"[{section}]\n")
@@ -136,7 +140,7 @@ def _meaning(key: Key) -> str:
 
 def _support(key: Key) -> str:
     if key.own:
-        return "yes, our own key"
+        return f"{key.support.value}, our own key"
     if key.support is Support.YES and "Q" not in key.vmms:
         return "not with QEMU"
     return key.support.value

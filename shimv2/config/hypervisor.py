@@ -65,7 +65,7 @@ class HypervisorConfig(Section):
         "an initrd that loads the kernel's modules and then mounts the image; not needed by a "
         "kernel with its drivers built in",
         own=True,
-        sample=True,
+        support=NO,
     )
     rootfs_type: str = key(
         "ext4",
@@ -149,7 +149,7 @@ class HypervisorConfig(Section):
         annotation="default_max_vcpus",
         sample=True,
     )
-    default_bridges: int = key(1, "PCI bridges for hot-plug", low=0, high=5)
+    default_bridges: int = key(1, "PCI bridges for hot-plug", low=0, high=5, support=INERT)
     default_memory: int = key(
         2048,
         "memory at boot; 0 means 2048",
@@ -202,6 +202,7 @@ class HypervisorConfig(Section):
         annotation=SAME_NAME,
         vmms="QC",
         sample=True,
+        support=NO,
     )
     enable_guest_swap: bool = key(
         False, "swap disk in the guest", annotation=SAME_NAME, vmms="Q", support=NO
@@ -247,6 +248,7 @@ class HypervisorConfig(Section):
         },
         annotation=SAME_NAME,
         sample=True,
+        support=INERT,
     )
     block_device_aio: str = key(
         "threads",
@@ -255,13 +257,16 @@ class HypervisorConfig(Section):
         annotation=SAME_NAME,
         vmms="Q",
         sample=True,
+        support=INERT,
     )
-    block_device_cache_set: bool = key(False, "apply the next two", annotation=SAME_NAME, vmms="QC")
+    block_device_cache_set: bool = key(
+        False, "apply the next two", annotation=SAME_NAME, vmms="QC", support=INERT
+    )
     block_device_cache_direct: bool = key(
-        False, "open disks with O_DIRECT", annotation=SAME_NAME, vmms="QC"
+        False, "open disks with O_DIRECT", annotation=SAME_NAME, vmms="QC", support=INERT
     )
     block_device_cache_noflush: bool = key(
-        False, "ignore the guest's flushes", annotation=SAME_NAME, vmms="Q"
+        False, "ignore the guest's flushes", annotation=SAME_NAME, vmms="Q", support=INERT
     )
     block_device_logical_sector_size: int = key(
         0,
@@ -300,7 +305,11 @@ class HypervisorConfig(Section):
         support=INERT,
     )
     disable_block_device_use: bool = key(
-        False, "mount a block rootfs on the host and share it", annotation=SAME_NAME, vmms="QC"
+        False,
+        "mount a block rootfs on the host and share it",
+        annotation=SAME_NAME,
+        vmms="QC",
+        support=INERT,
     )
     disable_image_nvdimm: bool = key(
         False,
@@ -325,7 +334,7 @@ class HypervisorConfig(Section):
         support=NO,
     )
     valid_vhost_user_store_paths: tuple[str, ...] = key(
-        (), "globs for the annotation `vhost_user_store_path`", vmms="Q"
+        (), "globs for the annotation `vhost_user_store_path`", vmms="Q", support=INERT
     )
     vhost_user_reconnect_timeout_sec: int = key(
         0,
@@ -427,7 +436,11 @@ class HypervisorConfig(Section):
 
     # Network and entropy.
     disable_vhost_net: bool = key(
-        False, "network without the kernel's vhost-net", annotation=SAME_NAME, vmms="Q"
+        False,
+        "network without the kernel's vhost-net",
+        annotation=SAME_NAME,
+        vmms="Q",
+        support=INERT,
     )
     network_queues: int = key(
         1,

@@ -183,7 +183,8 @@ def check_support(
             "a sandbox that only looks as if it did"
         )
     if key.support is Support.NO:
-        warnings.append(f"{where}: a key of Kata that is not supported here; it has no effect")
+        whose = "a key" if key.own else "a key of Kata"
+        warnings.append(f"{where}: {whose} that is not supported here; it has no effect")
     elif vmm and vmm not in key.vmms:
         warnings.append(f"{where}: has no effect with this hypervisor")
 

@@ -23,6 +23,7 @@ IMAGE = "kata-containers.img"
 OWN_ROOTFS_TYPE = "erofs"
 DIAL_TIMEOUT_S = 45
 CREATE_TIMEOUT_S = 60
+DEBUG_LEVELS = ("trace", "debug")
 
 
 def host_cpus() -> int:
@@ -65,9 +66,14 @@ def resolve(config: Config, prefix: Path | None) -> Config:
     return replace(
         config,
         hypervisor=replace(vm, virtio_fs_queue_size=vm.virtio_fs_queue_size or 1024),
-        agent=replace(agent, dial_timeout=agent.dial_timeout or DIAL_TIMEOUT_S),
+        agent=replace(
+            agent,
+            dial_timeout=agent.dial_timeout or DIAL_TIMEOUT_S,
+            enable_debug=agent.enable_debug or agent.log_level in DEBUG_LEVELS,
+        ),
         runtime=replace(
             runtime,
+            enable_debug=runtime.enable_debug or runtime.log_level in DEBUG_LEVELS,
             create_container_timeout=runtime.create_container_timeout
             or agent.create_container_timeout
             or CREATE_TIMEOUT_S,

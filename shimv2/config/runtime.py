@@ -33,9 +33,13 @@ class RuntimeConfig(Section):
         foreign=("l3forwarding",),
         annotation=SAME_NAME,
         sample=True,
+        support=NO,
     )
     disable_new_netns: bool = key(
-        False, "stay in the host's network; only with model `none`", annotation=SAME_NAME
+        False,
+        "stay in the host's network; only with model `none`",
+        annotation=SAME_NAME,
+        support=NO,
     )
     dan_conf: str = key(
         "", "directory of directly attached networks (not read here)", support=INERT
@@ -51,7 +55,7 @@ class RuntimeConfig(Section):
         sample=True,
     )
     static_sandbox_resource_mgmt: bool = key(
-        False, "size the VM at its start and never again", sample=True
+        False, "size the VM at its start and never again", sample=True, support=NO
     )
     enable_vcpus_pinning: bool = key(
         False, "a host CPU for each vCPU", annotation=SAME_NAME, support=NO
@@ -76,8 +80,11 @@ class RuntimeConfig(Section):
         "where emptyDir volumes lie",
         choices=("shared-fs",),
         foreign=("block-encrypted", "block-plain"),
+        support=INERT,
     )
-    kubelet_root_dir: str = key("/var/lib/kubelet", "where the kubelet keeps volumes", sample=True)
+    kubelet_root_dir: str = key(
+        "/var/lib/kubelet", "where the kubelet keeps volumes", sample=True, support=NO
+    )
     pod_resource_api_sock: str = key("", "the kubelet's PodResources socket", support=NO)
     vfio_mode: str = key(
         "guest-kernel",

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from shimv2.config import ConfigError, document, load_config
+from shimv2.config.keys import Support, keys_of
 
 TREE = Path(__file__).parents[3]
 
@@ -53,3 +54,26 @@ def test_the_reference_in_the_documentation_is_up_to_date(tmp_path):
 def test_usage(capsys):
     assert document.main([]) == 2
     assert "document toml" in capsys.readouterr().err
+
+
+def test_a_key_is_called_supported_only_if_someone_reads_it():
+    """Reads outside of this package, but for the keys that only this package itself needs."""
+    here = TREE / "shimv2/config"
+    code = "\n".join(
+        file.read_text()
+        for room in ("shimv2", "vmm")
+        for file in (TREE / room).rglob("*.py")
+        if here not in file.parents and not {"tests", "runtime_cli"} & set(file.parts)
+    )
+    own = {"enable_annotations", "hypervisor_name", "log_level"}
+    unread = [
+        f"{name}.{item.name}"
+        for name, section in document.SECTIONS.items()
+        for item, key in keys_of(section)
+        if key.support is Support.YES
+        and "Q" in key.vmms
+        and item.name not in own
+        and not item.name.startswith("valid_")
+        and f".{item.name}" not in code
+    ]
+    assert unread == []

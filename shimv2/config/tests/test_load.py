@@ -34,7 +34,7 @@ def test_kata_rust_file_loads(load):
     assert config.hypervisor.block_device_driver == "virtio-blk"
     assert config.runtime.create_container_timeout == 30
     assert config.runtime.sandbox_cgroup_only is True
-    assert all("overhead_" in warning for warning in config.warnings)
+    assert all("overhead_" in text or "static_" in text for text in config.warnings)
 
 
 def test_config_is_frozen(load):
@@ -259,6 +259,12 @@ def test_own_keys(load):
     vm = load('[hypervisor.qemu]\naccelerator = "tcg"\nvsock = "vhost-user"\n').hypervisor
     assert (vm.accelerator, vm.vsock) == ("tcg", "vhost-user")
     assert (load("").hypervisor.accelerator, load("").hypervisor.vsock) == ("auto", "auto")
+
+
+def test_the_rust_runtimes_log_levels(load):
+    config = load('[runtime]\nlog_level = "debug"\n[agent.kata]\nlog_level = "trace"\n')
+    assert config.runtime.enable_debug is True
+    assert config.agent.enable_debug is True
 
 
 def test_old_spellings(load):
