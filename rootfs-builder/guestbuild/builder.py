@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,8 +13,8 @@ from guestbuild import bundle, digest, image, kernel, root, sources, tree
 from guestbuild.apt import Apt, Candidate
 from guestbuild.debian_kernel import take
 from guestbuild.description import Description
-from guestbuild.errors import BuildError
 from guestbuild.kernel import BuiltKernel
+from guestbuild.lock import locked
 from guestbuild.progress import Progress
 
 IMAGE = "kata-containers.img"
@@ -54,7 +53,12 @@ class Builder:
             BuildError: Any step failed; what was in the output folder stays as it was.
         """
         self._cache.mkdir(parents=True, exist_ok=True)
-        built = self._kernel()
+        with locked(self._cache, f"kernel-{self._options.kernel}", self._progress):
+            built = self._kernel()
+        with locked(self._cache, "root", self._progress):
+            return self._root(built)
+
+    def _root(self, built: BuiltKernel | None) -> dict[str, object]:
         base = root.build(
             *(self._description, self._archive, self._cache, self._progress),
             refresh=self._options.refresh,
@@ -150,6 +154,10 @@ class Builder:
                 files[MODULES_INITRD] = built.initrd
             else:
                 (output / MODULES_INITRD).unlink(missing_ok=True)
+        elif (output / RECORD).exists():  # the kernel made before stays, and what is told of it
+            before = json.loads((output / RECORD).read_text())
+            if "kernel" in before:
+                record["kernel"] = before["kernel"]
         for target, source in files.items():
             _replace(source, output / target)
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
@@ -159,19 +167,7 @@ class Builder:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """Make `target` a copy of `source`, sharing blocks by a hard link where one is possible.
-
-    A running VM goes on with the file it has open.
-    """
-    if target.exists() and target.samefile(source):
-        return
+    """Make `target` a copy of `source`; a running VM goes on with the file that it has open."""
     temporary = target.with_name(f".{target.name}.new")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
+    shutil.copyfile(source, temporary)
     temporary.replace(target)
-
-
-__all__ = ["BuildError", "Builder", "Options"]

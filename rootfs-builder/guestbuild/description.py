@@ -75,6 +75,7 @@ class Description:
     files: tuple[ExtraFile, ...] = ()
     directories: tuple[str, ...] = ()
     symlinks: tuple[tuple[str, str], ...] = ()
+    applets: str | None = None
     remove: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
 
@@ -127,6 +128,7 @@ class _Reader:
                 (self._guest_path(link, "symlinks"), self._text(target, f"symlinks.{link}"))
                 for link, target in self._mapping(top.get("symlinks", {}), "symlinks").items()
             ),
+            applets=self._applets(top.get("applets")),
             remove=self._guest_paths(top.get("remove", []), "remove"),
             keep=self._guest_paths(top.get("keep", []), "keep"),
             agent=self._agent(top.get("agent")),
@@ -238,6 +240,9 @@ class _Reader:
         if not text.startswith("/") or ".." in text.split("/"):
             self._fail(key, f"{text!r} must be an absolute path in the guest without ..")
         return text
+
+    def _applets(self, value: object) -> str | None:
+        return None if value is None else self._guest_path(value, "applets")
 
     def _guest_paths(self, value: object, key: str) -> tuple[str, ...]:
         return tuple(self._guest_path(item, key) for item in self._texts(value, key))

@@ -84,6 +84,7 @@ def build(
         [
             *(archive.lines, description.packages, description.wheels, description.directories),
             *(description.symlinks, description.remove, description.keep, description.drop_needed),
+            description.applets,
             digest.of_builder("root", "tree", "wheel", "elf"),
         ]
     )
@@ -118,6 +119,11 @@ def build(
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
             place.symlink_to(target)
+        if description.applets is not None:
+            _link_applets(fresh.tree, description.applets)
+        # The loader's index of libraries; without it each start of a program looks for them.
+        run(["/sbin/ldconfig", "-X", "-r", fresh.tree])
+        shutil.rmtree(fresh.tree / "var/cache", ignore_errors=True)
         compile_tree(fresh.tree, f"/usr/lib/python{python}")
         compile_tree(fresh.tree, LIBRARY)
     fresh.finish(packages)
@@ -139,6 +145,17 @@ def _unpack(description: Description, archive: Archive, target: Path) -> dict[st
     ]
     run(["mmdebstrap", *options, archive.suite, target, *archive.lines])
     return dict(_deb_name(name) for name in listing.read_text().split())
+
+
+def _link_applets(root: Path, program: str) -> None:
+    """Link the names under which a program such as busybox does different things to it."""
+    names = run(["/usr/sbin/chroot", root, program, "--list"]).split()
+    folders = [root / "usr/bin", root / "usr/sbin"]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not any((folder / name).is_symlink() or (folder / name).exists() for folder in folders):
+            (folders[0] / name).symlink_to(program)
 
 
 def _drop_needed(path: Path, library: str) -> None:
