@@ -56,13 +56,11 @@ def demo(containerd: Containerd) -> None:
     print(f"\nVM booted, container run, everything removed in {took:.1f} s")
 
 
-def shell(containerd: Containerd) -> int:
-    """An interactive shell in a container."""
-    if not sys.stdin.isatty():
-        raise SystemExit("make shell needs a terminal")
+def shell(containerd: Containerd) -> None:
+    """An interactive shell in a container; the status of its last command is its own affair."""
     print("a shell in a container in a VM; leave it by exit or ^D\n", flush=True)
     arguments = container("sh", options=("--tty", "--env", f"TERM={os.environ.get('TERM', '')}"))
-    return subprocess.call([*containerd.ctr_command(), *arguments])
+    subprocess.run([*containerd.ctr_command(), *arguments], check=False)
 
 
 def main() -> int:
@@ -74,23 +72,22 @@ def main() -> int:
     if os.geteuid() != 0:
         print("error: this starts containerd and virtual machines: run it as root", file=sys.stderr)
         return 1
+    if options.action == "shell" and not sys.stdin.isatty():
+        print("error: make shell needs a terminal", file=sys.stderr)
+        return 1
     environment = {
         "KATA_CONF_FILE": str(options.prefix / "share/defaults/kata-containers/configuration.toml")
     }
     print("starting a containerd of our own", flush=True)
-    status = 0
     try:
         with Containerd(shim_path=[options.prefix / "bin"], environment=environment) as containerd:
             containerd.import_image(busybox_image())
-            if options.action == "run":
-                demo(containerd)
-            else:
-                status = shell(containerd)
+            demo(containerd) if options.action == "run" else shell(containerd)
     except (CtrError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print("containerd stopped, nothing left behind")
-    return status
+    return 0
 
 
 if __name__ == "__main__":
