@@ -6,18 +6,23 @@ DESTDIR ?=
 KERNEL  ?= build
 PYTHON  ?= /usr/bin/python3
 TESTS   ?=
+BENCH   ?=
 
 BUILD   := $(CURDIR)/build
 GUEST   := $(BUILD)/guest
 STAGE   := $(BUILD)/prefix
 VENV    := .venv
+CACHE   := $(or $(PYKATA_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pykata)
 BIN     := $(VENV)/bin
 ROOMS   := ttrpc vmm agent shimv2
 TESTED  := $(ROOMS) rootfs-builder tools
 
+# Where tools/go.sh puts a newer Go, if this host needs one.
+export PATH := $(CACHE)/go/toolchain/bin:$(PATH)
+
 .DEFAULT_GOAL := help
 .PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports \
-        unit integration test bench proto docs clean
+        unit integration test go bench proto docs clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -59,14 +64,17 @@ $(VENV)/.made: pyproject.toml
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
-test: deps venv guest ## all checks and all tests, those with VMs and containerd included
+go:
+	@tools/go.sh "$(CACHE)"
+
+test: deps go venv guest ## all checks and all tests, those with VMs and containerd included
 	@$(MAKE) --no-print-directory lint typecheck imports unit
 	@$(MAKE) --no-print-directory integration
 
 unit: venv ## tests that lie beside the code
 	$(BIN)/python -m pytest $(or $(TESTS),$(TESTED))
 
-integration: venv stage ## tests with real containerd, VMs and peers
+integration: go venv stage ## tests with real containerd, VMs and peers
 	$(BIN)/python -m pytest integration $(TESTS)
 
 lint: venv ## ruff
@@ -83,8 +91,8 @@ typecheck: venv ## mypy, strict
 imports: venv ## which package may know which
 	$(BIN)/lint-imports
 
-bench: venv guest stage ## the table of figures, beside runc's
-	$(BIN)/python -m integration.bench
+bench: go venv guest stage ## the table of figures, beside runc's
+	$(BIN)/python -m integration.bench $(BENCH)
 
 proto: ## Python from the .proto files
 	protoc -I. --python_out=. --pyi_out=. agent/api/*.proto shimv2/api/*.proto
