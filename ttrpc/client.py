@@ -123,9 +123,11 @@ class Client:
             reason = f"the connection broke: {error.__cause__ or error}"
         except ProtocolError as error:
             reason = f"the peer broke the protocol: {error}"
-        finally:
+        except trio.Cancelled:
             await self._transport.aclose()
+            raise
         self._lose(reason)
+        await self._transport.aclose()
 
     async def _read_until_end(self) -> str:
         connection = self._connection
@@ -165,7 +167,8 @@ class Client:
                 inbox.fail(RpcError(Code.RESOURCE_EXHAUSTED, "the stream was not read in time"))
 
     def _cannot_write(self, reason: str) -> None:
-        self._nursery.start_soon(self._lose_after_reading, reason)
+        if self._lost is None:
+            self._nursery.start_soon(self._lose_after_reading, reason)
 
     async def _lose_after_reading(self, reason: str) -> None:
         """A peer that left may have answered before: let the reader come to the end first."""

@@ -249,6 +249,7 @@ class _ServerConnection:
         self._inboxes: dict[int, Inbox] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._draining = False
+        self._drained = trio.Event()
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
@@ -257,6 +258,7 @@ class _ServerConnection:
                 async with trio.open_nursery() as nursery:
                     self._nursery = nursery
                     nursery.start_soon(self._transport.run)
+                    nursery.start_soon(self._close_when_drained)
                     await self._read()
                     nursery.cancel_scope.cancel()
             finally:
@@ -274,9 +276,10 @@ class _ServerConnection:
         """Refuse new calls, and close once none is in flight."""
         self._draining = True
         if not self._connection.in_flight:
-            self._nursery.start_soon(self._finish)
+            self._drained.set()
 
-    async def _finish(self) -> None:
+    async def _close_when_drained(self) -> None:
+        await self._drained.wait()
         with trio.move_on_after(_LAST_WRITE):
             await self._transport.wait_sent()
         self.stop()
@@ -407,7 +410,7 @@ class _ServerConnection:
         in_flight = self._connection.in_flight
         self._transport.flush(now=not in_flight)
         if self._draining and not in_flight:
-            self._nursery.start_soon(self._finish)
+            self._drained.set()
 
     async def _send_message(self, stream_id: int, message: Message) -> None:
         await trio.lowlevel.checkpoint()
