@@ -13,6 +13,21 @@ Settled = Callable[[bool], None]
 Callback = Callable[[], None]
 
 
+def socket_pair(buf_alloc: int) -> tuple[socket.socket, socket.socket, int]:
+    """(our end, the host's end, credit): the credit fits into an empty pair, so that all that
+    the guest may have sent can be read without waiting for it to be forwarded in parts."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setblocking(False)
+    so_sndbufforce = getattr(socket, "SO_SNDBUFFORCE", 32)
+    try:
+        ours.setsockopt(socket.SOL_SOCKET, so_sndbufforce, buf_alloc)
+    except PermissionError:
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buf_alloc)
+    # The kernel doubles the value for its own overhead and tells the doubled one.
+    return ours, theirs, min(buf_alloc, ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2)
+
+
 class Link:
     """A connection with our end of its socket pair, and what waits between the two.
 

@@ -15,12 +15,13 @@ import os
 import select
 import socket
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 
 from vmm.vsock import wire
 from vmm.vsock.backend import RX, TX, Ring
-from vmm.vsock.link import Link, Settled
+from vmm.vsock.link import Link, Settled, socket_pair
 from vmm.vsock.segments import cut, skip, trim, write_header
 from vmm.vsock.virtqueue import Chain, QueueError, Virtqueue
 from vmm.vsock.wire import Connection, Outcome, State
@@ -58,21 +59,6 @@ Incoming = Callable[[int, Link, socket.socket], None]
 
 class Refused(Exception):
     """No connection can be made now."""
-
-
-def socket_pair(buf_alloc: int) -> tuple[socket.socket, socket.socket, int]:
-    """(our end, the host's end, credit): the credit fits into an empty pair, so that all that
-    the guest may have sent can be read without waiting for it to be forwarded in parts."""
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    theirs.setblocking(False)
-    so_sndbufforce = getattr(socket, "SO_SNDBUFFORCE", 32)
-    try:
-        ours.setsockopt(socket.SOL_SOCKET, so_sndbufforce, buf_alloc)
-    except PermissionError:
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buf_alloc)
-    # The kernel doubles the value for its own overhead and tells the doubled one.
-    return ours, theirs, min(buf_alloc, ours.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2)
 
 
 class Mux:
@@ -321,7 +307,8 @@ class Mux:
         except Exception:
             # A defect of ours, reached through something the guest did: it loses its
             # connections, the sandbox's shim lives.
-            _log.exception("vsock device: internal error, device is reset")
+            # As text: a traceback kept somewhere would hold on to guest memory.
+            _log.error("vsock device: internal error, it is reset\n%s", traceback.format_exc())
             self.guest_reset()
             for ring in list(self._kicks.values()):
                 self._break(ring)
@@ -350,7 +337,7 @@ class Mux:
         try:
             return work(ring, *args)
         except QueueError as error:
-            _log.warning("vsock device: the guest broke ring %d: %s", ring.index, error)
+            _log.warning("vsock device: the guest broke ring %d: %s", ring.index, str(error))
             self.guest_reset()
             self._break(ring)
             return False
@@ -488,16 +475,18 @@ class Mux:
                 events = self._readers.poll(0, 64)
                 if not events:
                     return False
+                short = False
                 for fd, mask in events:
                     link = self._by_fd.get(fd)
-                    if link is None:
-                        continue  # dropped by an earlier event of this round
+                    # Even without buffers all events must be seen: a hang-up comes only once.
+                    if link is None or link.blocked or (short and not link.host_eof):
+                        continue
                     moved = self._pump(link, queue, mask)
                     if moved < 0:
-                        self._starve()
-                        return False
-                    budget -= moved
-                if self._owed and not self._send_control(queue):
+                        short = True
+                    else:
+                        budget -= moved
+                if short or (self._owed and not self._send_control(queue)):
                     self._starve()
                     return False
             return readable

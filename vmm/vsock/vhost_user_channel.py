@@ -193,16 +193,17 @@ class VhostUserChannel(VsockChannel):
             with front_end:
                 self._backend = backend = Backend(self._cid, _Rings(self))
                 try:
-                    await self._session(backend, front_end)
-                    detail = "the VMM closed the vsock device"
-                except (vu.VhostUserError, OSError) as error:
-                    _log.warning("vhost-user: %s", error)
-                    detail = f"the VMM broke the vhost-user protocol: {error}"
+                    try:
+                        await self._session(backend, front_end)
+                        detail = "the VMM closed the vsock device"
+                    except (vu.VhostUserError, OSError) as error:
+                        _log.warning("vhost-user: %s", error)
+                        detail = f"the VMM broke the vhost-user protocol: {error}"
+                    self.mark_gone(detail)
                 finally:
                     self._backend = None
                     self._mux.guest_reset()
                     backend.close()
-            self.mark_gone(detail)
 
     async def _session(self, backend: Backend, front_end: trio.socket.SocketType) -> None:
         parser = vu.Parser()

@@ -72,7 +72,7 @@ def running_guest(
         QEMU,
         *("-nodefaults", "-no-user-config", "-nographic", "-no-reboot"),
         *("-M", "q35,accel=tcg,memory-backend=ram", "-cpu", "max,-erms", "-smp", "1"),
-        *("-m", f"{memory_mib}M,slots=4,maxmem=1G"),
+        *("-m", f"{memory_mib}M,slots=10,maxmem=4G"),
         *("-object", f"memory-backend-memfd,id=ram,size={memory_mib}M,share=on"),
         *("-kernel", str(KERNEL), "-initrd", str(initrd)),
         *("-append", "console=hvc0 quiet panic=1"),

@@ -173,15 +173,15 @@ def test_an_honest_peer_never_runs_dry_or_over(steps: list[tuple[bool, int]]) ->
     forwarded at least half of the window is open again."""
     host, guest = opened(1000, 1000), opened(1000, 1000)
     waiting = 0
-    for send, count in steps:
+    for send, most in steps:
         if send:
-            count = min(count, guest.credit())
+            count = min(most, guest.credit())
             if count:
                 fields = wire.HEADER.unpack(guest.data_header(count))
                 assert host.receive(wire.OP_RW, 0, count, *fields[8:]) is Outcome.DATA
                 waiting += count
         else:
-            count = min(count, waiting)
+            count = min(most, waiting)
             waiting -= count
             host.forwarded(count)
         while (update := host.next_control()) is not None:
