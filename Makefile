@@ -86,7 +86,8 @@ fmt: venv ## let ruff format and mend
 	$(BIN)/ruff format .
 
 typecheck: venv ## mypy, strict
-	$(BIN)/mypy $(ROOMS)
+	$(BIN)/mypy $(ROOMS) integration/lib integration/bench tools/install.py tools/run.py
+	cd rootfs-builder && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml guestbuild
 
 imports: venv ## which package may know which
 	$(BIN)/lint-imports
