@@ -28,6 +28,9 @@ BUNDLES = "/run/kata-containers"
 CGROUPS = "/sys/fs/cgroup"
 
 _SIGKILL, _SIGTERM = 9, 15
+_EXEC_LIMIT = 4096
+_LINGER = 10.0  # seconds for an ended exec's output to be read by calls
+_KILL_ROUNDS = 16
 _LOG_TAIL = 4096  # bytes of crun's log that an error reads
 
 
@@ -37,6 +40,8 @@ class Container:
     Attributes:
         init: its first process.
         execs: further processes by exec id, until somebody has waited for them.
+        storages: the mount points it holds.
+        termination_log: path in the guest of what the container leaves as its last words.
     """
 
     def __init__(self, sandbox: Sandbox, container_id: str, init: Process, cgroup: str) -> None:
@@ -47,12 +52,9 @@ class Container:
         self.storages: list[str] = []
         self.bundle = f"{BUNDLES}/{container_id}"
         self.running = False
-        self.termination_log = (
-            ""  # path in the guest of what the container leaves as its last words
-        )
+        self.termination_log = ""
         self._sandbox = sandbox
         self._oom: oom.OomWatch | None = None
-        self._counter = 0
 
     # --- life ---------------------------------------------------------------------------
 
@@ -62,22 +64,21 @@ class Container:
         Raises:
             RpcError: INTERNAL with crun's own words.
         """
-        import json
-
         os.makedirs(self.bundle, mode=0o700, exist_ok=True)
-        with open(f"{self.bundle}/config.json", "w", encoding="utf-8") as file:
-            json.dump(document, file)
-        arguments = ["create", "--bundle", self.bundle]
-        pid = yield from self._start_process(self.init, arguments, [self.id])
-        self.init.started(pid, self._sandbox.reaper)
+        _write_json(f"{self.bundle}/config.json", document)
+        yield from self._start_process(self.init, ["create", "--bundle", self.bundle])
+        self._oom = oom.watch(self._sandbox.loop, self.cgroup, self._oom_happened)
 
     def start(self) -> Generator[Any, Any, None]:
         """Let the program run."""
         if self.running:
             raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} was started already")
-        yield from self._crun("start", self.id)
-        self.running = True
-        self._oom = oom.watch(self._sandbox.loop, self.cgroup, self._oom_happened)
+        self.running = True  # at once: another call must not start it meanwhile
+        try:
+            yield from self._crun("start", self.id)
+        except RpcError:
+            self.running = False
+            raise
 
     def execute(self, process: Process, oci: oci_pb2.Process) -> Generator[Any, Any, None]:
         """Run one more process in it.
@@ -85,42 +86,60 @@ class Container:
         Raises:
             RpcError: ALREADY_EXISTS, FAILED_PRECONDITION, or INTERNAL with crun's words.
         """
-        import json
-
-        if process.exec_id in self.execs or process.exec_id == self.init.exec_id:
+        known = self.execs.get(process.exec_id)
+        if known is not None and known.waited_for:
+            self._forget(known)
+            known = None
+        if known is not None or process.exec_id == self.init.exec_id:
             raise RpcError(Code.ALREADY_EXISTS, f"exec {process.exec_id!r} exists already")
         if self.init.ended:
             raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} has ended")
+        if len(self.execs) >= _EXEC_LIMIT:
+            raise RpcError(
+                Code.RESOURCE_EXHAUSTED, f"container {self.id!r} has {_EXEC_LIMIT} processes"
+            )
         self.execs[process.exec_id] = process
-        path = self._new_path("process.json")
+        path = self._sandbox.new_path("json")
         try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(spec.to_json(oci), file)
-            arguments = ["exec", "--detach", "--process", path]
-            pid = yield from self._start_process(process, arguments, [self.id])
+            _write_json(path, spec.to_json(oci))
+            yield from self._start_process(process, ["exec", "--detach", "--process", path])
         except BaseException:
             del self.execs[process.exec_id]
             raise
         finally:
-            os.unlink(path)
-        process.started(pid, self._sandbox.reaper)
+            _unlink(path)
 
-    def _start_process(
-        self, process: Process, arguments: list[str], operands: list[str]
-    ) -> Generator[Any, Any, int]:
-        """Run crun with the process's own stdio; returns the process's pid."""
-        pid_file = self._new_path("pid")
+    def waited(self, process: Process) -> None:
+        """Somebody has got its status: an exec is forgotten, once its output was read."""
+        if process is self.init or process.waited_for:
+            return
+        process.waited_for = True
+        if process.unread:
+            self._sandbox.loop.after(_LINGER, lambda: self._forget(process))
+        else:
+            self._forget(process)
+
+    def _forget(self, process: Process) -> None:
+        if self.execs.get(process.exec_id) is process:
+            del self.execs[process.exec_id]
+        process.close()
+
+    def _start_process(self, process: Process, arguments: list[str]) -> Generator[Any, Any, None]:
+        """Run crun with the process's own stdio, and take the process over."""
+        mark = self._sandbox.reaper.mark()
+        pid_file = self._sandbox.new_path("pid")
         words = [*arguments, "--pid-file", pid_file]
         terminal = None
         try:
             if process.terminal:
-                terminal = TerminalSocket(self._sandbox.loop, self._new_path("tty"))
+                terminal = TerminalSocket(self._sandbox.loop, self._sandbox.new_path("tty"))
                 words += ["--console-socket", terminal.path]
-            yield from self._crun(*words, *operands, stdio=process.inside)
+            yield from self._crun(*words, self.id, stdio=process.inside)
             if terminal is not None:
                 process.take_terminal((yield terminal.leader))
             with open(pid_file, encoding="ascii") as file:
-                return int(file.read())
+                pid = int(file.read())
+            process.started(pid, self._sandbox.reaper, mark)
         except BaseException:
             process.abandon()
             raise
@@ -131,21 +150,27 @@ class Container:
 
     def remove(self) -> Generator[Any, Any, None]:
         """Kill what runs, and forget the container, its cgroup and its storages."""
+        yield from self._crun("delete", "--force", self.id)
+        self.clean_up()
+
+    def clean_up(self) -> None:
+        """What is the agent's own of a container that crun has not, or no more."""
         if self._oom is not None:
             self._oom.close()
             self._oom = None
-        yield from self._crun("delete", "--force", self.id)
         for process in (self.init, *self.execs.values()):
             process.close()
         self.execs.clear()
-        for point in reversed(self.storages):
-            self._sandbox.storages.detach(point)
-        self.storages.clear()
-        for name in ("config.json", "crun.log"):
-            _unlink(f"{self.bundle}/{name}")
+        points, self.storages = self.storages, []
+        for point in reversed(points):
+            try:
+                self._sandbox.storages.detach(point)
+            except RpcError as error:
+                log.warning("storage stays", error=error)
+        _unlink(f"{self.bundle}/config.json")
         try:
             os.rmdir(self.bundle)
-        except OSError as error:
+        except OSError as error:  # an overlay's upper directory may be in it
             log.debug("bundle stays", container=self.id, error=error)
 
     # --- while it runs ------------------------------------------------------------------
@@ -175,12 +200,15 @@ class Container:
             return
         except OSError:  # cgroup v1, or the cgroup is gone with its processes
             pass
-        # The end of a pid namespace's init is the end of everyone in it.
-        if self.init.pid and not self.init.ended:
-            try:
-                os.kill(self.init.pid, _SIGKILL)
-            except ProcessLookupError:
-                pass
+        for _ in range(_KILL_ROUNDS):  # who forks meanwhile is met in the next round
+            pids = _pids_v1(self.cgroup)
+            if not pids:
+                return
+            for pid in pids:
+                try:
+                    os.kill(pid, _SIGKILL)
+                except ProcessLookupError:
+                    pass
 
     def pause(self) -> Generator[Any, Any, None]:
         yield from self._crun("pause", self.id)
@@ -190,12 +218,9 @@ class Container:
 
     def update(self, resources: oci_pb2.LinuxResources) -> Generator[Any, Any, None]:
         """Change the limits."""
-        import json
-
-        path = self._new_path("resources.json")
+        path = self._sandbox.new_path("json")
         try:
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(spec.to_json(resources), file)
+            _write_json(path, spec.to_json(resources))
             yield from self._crun("update", "--resources", path, self.id)
         finally:
             _unlink(path)
@@ -232,7 +257,7 @@ class Container:
         Raises:
             RpcError: INTERNAL with the last error of its log.
         """
-        log_path = self._new_path("log")
+        log_path = self._sandbox.new_path("log")
         argv = [CRUN, "--root", CRUN_STATE, "--cgroup-manager=cgroupfs", "--log", log_path]
         stdin, stdout, stderr = stdio
         try:
@@ -244,10 +269,6 @@ class Container:
         finally:
             _unlink(log_path)
 
-    def _new_path(self, end: str) -> str:
-        self._counter += 1
-        return f"/run/{self.id}.{self._counter}.{end}"
-
 
 def _last_error(path: str) -> str:
     """The message of the last line of crun's text log: `TIME: message`."""
@@ -258,6 +279,37 @@ def _last_error(path: str) -> str:
         return ""
     lines = text.strip().splitlines()
     return lines[-1].partition(": ")[2] if lines else ""
+
+
+def _write_json(path: str, document: dict[str, Any]) -> None:
+    """Write a document by json's C encoder: the package json imports re, which takes 10 ms."""
+    from _json import encode_basestring_ascii, make_encoder
+
+    encode = make_encoder(
+        None, _refuse, encode_basestring_ascii, None, ":", ",", False, False, True
+    )
+    with open(path, "w", encoding="ascii") as file:
+        file.write("".join(encode(document, 0)))
+
+
+def _refuse(value: object) -> object:
+    raise TypeError(f"{type(value).__name__} in a JSON document")
+
+
+def _pids_v1(cgroup: str) -> list[int]:
+    """The processes of a cgroup of version 1; frozen ones are thawed, else they couldn't die."""
+    try:
+        with open(f"{CGROUPS}/freezer{cgroup}/freezer.state", "w", encoding="ascii") as file:
+            file.write("THAWED")
+    except OSError:
+        pass
+    for controller in ("pids", "memory", "devices"):
+        try:
+            with open(f"{CGROUPS}/{controller}{cgroup}/cgroup.procs", encoding="ascii") as file:
+                return [int(line) for line in file]
+        except OSError:
+            continue
+    return []
 
 
 def _catches(pid: int, number: int) -> bool:

@@ -54,7 +54,7 @@ class _Console:
         reaper.status_of(pid).then(lambda _: self._close())
 
     def _close(self) -> None:
-        self._output.drained().then(lambda _: self._output.close())
+        self._output.process_ended().then(lambda _: self._output.close())
         self._input.close()
 
 

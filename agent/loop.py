@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import select
 import time
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from agent.waiting import Command, Wait
 
@@ -23,6 +23,7 @@ WRITE = select.EPOLLOUT
 PRIORITY = select.EPOLLPRI
 
 _EVENTS_AT_ONCE = 64
+_TIMERS_KEPT = 256  # below this many, cancelled ones may wait for their time
 
 
 class Future:
@@ -87,7 +88,8 @@ class Loop:
         self._poll = select.epoll()
         self._callbacks: dict[int, Callable[[int], None]] = {}
         self._timers: list[Timer] = []
-        self._parked: list[_Task] = []
+        self._prune_at = _TIMERS_KEPT
+        self._parked: list[Task] = []
         self._on_error = on_error
         self._running = True
         self.run_command: Callable[[Command], Future] | None = None
@@ -109,27 +111,31 @@ class Loop:
 
     def after(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Call `callback` once, in so many seconds."""
+        if len(self._timers) >= self._prune_at:
+            self._timers = [timer for timer in self._timers if timer.callback is not None]
+            heapify(self._timers)
+            self._prune_at = 2 * len(self._timers) + _TIMERS_KEPT
         timer = Timer(time.monotonic() + seconds, callback)
         heappush(self._timers, timer)
         return timer
 
     # --- work ---------------------------------------------------------------------------
 
-    def spawn(self, work: Generator[Any, Any, Any]) -> Future:
-        """Run a generator until it first waits; the future is its return value."""
-        task = _Task(self, work)
+    def spawn(self, work: Generator[Any, Any, Any]) -> Task:
+        """Run a generator until it first waits; its task's future is its return value."""
+        task = Task(self, work)
         task.step(None, None)
-        return task.future
+        return task
 
     def recheck(self) -> None:
         """Something happened in the kernel: look at every condition that is waited for."""
         for task in list(self._parked):
             task.check()
 
-    def park(self, task: _Task) -> None:
+    def park(self, task: Task) -> None:
         self._parked.append(task)
 
-    def unpark(self, task: _Task) -> None:
+    def unpark(self, task: Task) -> None:
         self._parked.remove(task)
 
     # --- running ------------------------------------------------------------------------
@@ -166,17 +172,31 @@ class Loop:
             self._on_error(error)
 
 
-class _Task:
-    """A generator on its way."""
+class Task:
+    """A generator on its way.
 
-    __slots__ = ("_loop", "_timer", "_wait", "_work", "future")
+    Attributes:
+        future: what it returns or raises.
+    """
+
+    __slots__ = ("_cancelled", "_loop", "_timer", "_wait", "_work", "future")
 
     def __init__(self, loop: Loop, work: Generator[Any, Any, Any]) -> None:
         self._loop = loop
         self._work = work
         self._wait: Wait | None = None
         self._timer: Timer | None = None
+        self._cancelled = False
         self.future = Future()
+
+    def cancel(self) -> None:
+        """Close the generator where it waits; the future stays without a value."""
+        if self.future.done or self._cancelled:
+            return
+        self._cancelled = True
+        if self._wait is not None:
+            self._unpark()
+        self._work.close()
 
     def step(self, value: Any, error: BaseException | None) -> None:
         """Resume until it waits for something that is not there yet."""
@@ -222,7 +242,8 @@ class _Task:
             self._arm(wait)
 
     def _resume(self, future: Future) -> None:
-        self.step(future.value, future.error)
+        if not self._cancelled:
+            self.step(future.value, future.error)
 
     def _park(self, wait: Wait) -> None:
         self._wait = wait

@@ -1,12 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PID 1 of the guest: what happens in which order until the agent answers, and from then on."""
+"""PID 1 of the guest: what happens in which order until the agent answers, and from then on.
+
+All that is needed for the first answers is imported here at the top: the image keeps these
+modules together in one file that the guest reads at once.
+"""
 
 from __future__ import annotations
 
 import os
 
-from agent import cmdline, init, log
-from agent.loop import Loop
+from agent import upb
+
+upb.install()
+
+from agent import cmdline, init, log  # noqa: E402
+from agent.api import agent_pb2, health_pb2  # noqa: E402
+from agent.loop import READ, Loop  # noqa: E402
+from agent.reaper import Reaper  # noqa: E402
+from agent.sandbox import Sandbox  # noqa: E402
+from agent.server import Server  # noqa: E402
+from agent.service import AgentService, Health, Services  # noqa: E402
+from agent.spawn import Commands  # noqa: E402
+from agent.stdio import Streams  # noqa: E402
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,14 +30,18 @@ if TYPE_CHECKING:
     from agent.cmdline import AgentConfig
 
 _BACKLOG = 256
-_SERIAL_PORTS = "/dev/virtio-ports"
+_WATCH_INTERVAL = 2.0  # seconds between looks at watched directories, as Kata's agent does
 
 
 def main() -> None:
     """Never returns; as PID 1 an error that can't be survived ends the VM."""
     try:
         config = start_guest()
-        serve(config)
+        agent = Agent(config)
+        agent.open_ports()
+        log.info("listening", address=config.server_addr)
+        agent.loop.after(0, agent.settle)
+        agent.loop.run()
     except BaseException as error:
         log.exception(error)
         if os.getpid() == 1:
@@ -45,122 +64,99 @@ def start_guest() -> AgentConfig:
     return config
 
 
-def serve(config: AgentConfig) -> None:
-    """Listen where the command line says, and serve for ever."""
-    from agent.reaper import Reaper
-    from agent.spawn import Commands
+class Agent:
+    """The parts of the agent, put together; it listens once `open_ports` was called."""
 
-    loop = Loop(log.exception)
-    reaper = Reaper(loop)
-    Commands(loop, reaper)
+    def __init__(self, config: AgentConfig) -> None:
+        self.config = config
+        self.loop = Loop(log.exception)
+        self.reaper = Reaper(self.loop)
+        Commands(self.loop, self.reaper)
+        self.streams = Streams(self.loop)
+        self.sandbox = Sandbox(self.loop, self.reaper, self.streams, config)
+        services = Services((agent_pb2, AgentService(self.sandbox)), (health_pb2, Health()))
+        self.server = Server(self.loop, services)
 
-    from agent.sandbox import Sandbox
-    from agent.server import Server
-    from agent.stdio import Streams
+    def open_ports(self) -> None:
+        """Listen where the command line says.
 
-    streams = Streams(loop)
-    sandbox = Sandbox(loop, reaper, streams, config)
+        Raises:
+            OSError: there is no such port, socket or vsock device.
+        """
+        config = self.config
+        scheme, _, rest = config.server_addr.partition("://")
+        if scheme == "serial":
+            from agent.serial import SerialPort
 
-    from agent.api import agent_pb2, health_pb2
-    from agent.service import AgentService, Health, Services
+            SerialPort(self.loop, self.server, rest)
+            return
+        if scheme == "unix":
+            self.server.listen(_unix_listener(rest))
+            return
+        self.server.listen(_vsock_listener(int(rest.rpartition(":")[2])))
+        if config.passfd_listener_port:
+            self.streams.listen(_vsock_listener(config.passfd_listener_port))
+        if config.debug_console and config.debug_console_vport:
+            from agent import debug_console
 
-    service = AgentService(sandbox, loop)
-    server = Server(loop, Services((agent_pb2, service), (health_pb2, Health())))
-    _open_ports(config, loop, reaper, server, streams)
-    log.info("listening", address=config.server_addr)
-    loop.after(0, lambda: _afterwards(sandbox))
-    loop.run()
+            listener = _vsock_listener(config.debug_console_vport)
+            debug_console.listen(listener, self.loop, self.reaper)
 
+    def settle(self) -> None:
+        """What nobody has to wait for."""
+        if os.getpid() == 1:
+            for warning in init.late():
+                log.warning(warning)
+        self._follow_uevents()
+        self._poll_watched()
+        self._follow_host_clock()
 
-def _open_ports(config: AgentConfig, loop: Loop, reaper: Any, server: Any, streams: Any) -> None:
-    scheme, _, rest = config.server_addr.partition("://")
-    if scheme == "serial":
-        _serve_serial(rest, server)
-        return
-    if scheme == "unix":
-        server.listen(_unix_listener(rest))
-        return
-    server.listen(_vsock_listener(int(rest.rpartition(":")[2])))
-    if config.passfd_listener_port:
-        listener = _vsock_listener(config.passfd_listener_port)
-        streams.listen(listener, listener._accept)
-    if config.debug_console and config.debug_console_vport:
-        from agent import debug_console
+    def _follow_uevents(self) -> None:
+        from agent.uevents import Uevents
 
-        debug_console.listen(_vsock_listener(config.debug_console_vport), loop, reaper)
+        events = Uevents()
 
+        def changed(_events: int) -> None:
+            events.drain()
+            self.loop.recheck()
 
-def _serve_serial(name: str, server: Any) -> None:
-    fd = os.open(_serial_port(name), os.O_RDWR | os.O_CLOEXEC | os.O_NOCTTY)
-    server.serve(fd, on_close=lambda: _serve_serial(name, server))
+        self.loop.watch(events.fileno(), READ, changed)
 
+    def _poll_watched(self) -> None:
+        self.sandbox.storages.poll()
+        self.loop.after(_WATCH_INTERVAL, self._poll_watched)
 
-def _serial_port(name: str) -> str:
-    """The device of a virtio-serial port; without udev nobody makes /dev/virtio-ports."""
-    path = f"{_SERIAL_PORTS}/{name}"
-    if os.path.exists(path):
-        return path
-    ports = "/sys/class/virtio-ports"
-    for port in os.listdir(ports):
-        with open(f"{ports}/{port}/name", encoding="utf-8") as file:
-            if file.read().strip() == name:
-                return f"/dev/{port}"
-    raise FileNotFoundError(f"no virtio-serial port is called {name!r}")
+    def _follow_host_clock(self) -> None:
+        from agent import clock
+
+        host = clock.host_clock()
+        if host is None:
+            return  # then the shim sets it each minute
+
+        def sync() -> None:
+            host.sync()
+            self.loop.after(clock.PTP_INTERVAL, sync)
+
+        sync()
 
 
 def _vsock_listener(port: int) -> Any:
     import _socket
 
-    kind = _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
-    listener = _socket.socket(_socket.AF_VSOCK, kind)
-    listener.bind((_socket.VMADDR_CID_ANY, port))
-    listener.listen(_BACKLOG)
-    return listener
+    return _listener(_socket.AF_VSOCK, (_socket.VMADDR_CID_ANY, port))
 
 
 def _unix_listener(path: str) -> Any:
     import _socket
 
+    return _listener(_socket.AF_UNIX, path)
+
+
+def _listener(family: int, address: Any) -> Any:
+    import _socket
+
     kind = _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK
-    listener = _socket.socket(_socket.AF_UNIX, kind)
-    listener.bind(path)
+    listener = _socket.socket(family, kind)
+    listener.bind(address)
     listener.listen(_BACKLOG)
     return listener
-
-
-def _afterwards(sandbox: Any) -> None:
-    """What nobody has to wait for."""
-    if os.getpid() == 1:
-        for warning in init.late():
-            log.warning(warning)
-    from agent.loop import READ
-    from agent.uevents import Uevents
-
-    events = Uevents()
-
-    def changed(_events: int) -> None:
-        events.drain()
-        sandbox.loop.recheck()
-
-    sandbox.loop.watch(events.fileno(), READ, changed)
-    _poll_watched(sandbox)
-    _follow_host_clock(sandbox)
-
-
-def _poll_watched(sandbox: Any) -> None:
-    sandbox.storages.poll()
-    sandbox.loop.after(2.0, lambda: _poll_watched(sandbox))
-
-
-def _follow_host_clock(sandbox: Any) -> None:
-    from agent import clock
-
-    host = clock.host_clock()
-    if host is None:
-        return  # then the shim sets it each minute
-
-    def sync() -> None:
-        host.sync()
-        sandbox.loop.after(clock.PTP_INTERVAL, sync)
-
-    sync()

@@ -47,6 +47,7 @@ class Process:
         self.pid = 0
         self.exited = Future()
         self.ended = False  # the process is gone, its output may be still on its way
+        self.waited_for = False  # somebody has its status
         self._loop = loop
         self._user = user
         self._inside: list[int] = [-1, -1, -1]  # the process's ends, until it has them
@@ -105,8 +106,12 @@ class Process:
 
     # --- running ------------------------------------------------------------------------
 
-    def started(self, pid: int, reaper: Reaper) -> None:
-        """It runs: begin to carry its stdio and to wait for its end."""
+    def started(self, pid: int, reaper: Reaper, since: int) -> None:
+        """It runs: begin to carry its stdio and to wait for its end.
+
+        Args:
+            since: the reaper's mark before it was started.
+        """
         self.pid = pid
         for fd in self._inside:
             if fd >= 0:
@@ -116,7 +121,7 @@ class Process:
             self._carry_terminal()
         else:
             self._carry_pipes()
-        reaper.status_of(pid).then(self._reaped)
+        reaper.status_of(pid, since).then(self._reaped)
 
     def _carry_pipes(self) -> None:
         stdin, stdout, stderr = self._outside
@@ -161,7 +166,9 @@ class Process:
 
     def _reaped(self, status: Future) -> None:
         self.ended = True
-        waiting = [out.drained() for out in (self.stdout, self.stderr) if isinstance(out, Output)]
+        if self.stdin is not None:
+            self.stdin.close()
+        waiting = [out.process_ended() for out in self._outputs()]
 
         def check(_: Future | None = None) -> None:
             if all(future.done for future in waiting):
@@ -178,11 +185,21 @@ class Process:
             log.warning("output was not taken", process=self.exec_id, seconds=_DRAIN_LIMIT)
             self.exited.set(status)
 
+    def _outputs(self) -> list[Output]:
+        return [out for out in (self.stdout, self.stderr) if out is not None]
+
+    @property
+    def unread(self) -> bool:
+        """Whether there may be output that calls have yet to read."""
+        return any(isinstance(out, RpcOutput) and out.source >= 0 for out in self._outputs())
+
     def close(self) -> None:
-        """Nobody asks for it any more."""
-        for part in (self.stdin, self.stdout, self.stderr):
-            if part is not None:
-                part.close()
+        """Nobody asks for it any more.  Raw output goes on until its end: it may be on its way."""
+        if self.stdin is not None:
+            self.stdin.close()
+        for out in self._outputs():
+            if isinstance(out, RpcOutput):
+                out.close()
 
 
 class TerminalSocket:

@@ -6,6 +6,7 @@ The uts, ipc and network namespaces of the pod are the VM's own: nothing else is
 
 from __future__ import annotations
 
+import os
 from collections import deque
 
 from agent import init, log, spec
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from agent.api import agent_pb2, oci_pb2
     from agent.cmdline import AgentConfig
 
+_WORK = "/run/agent"
 _ID_LIMIT = 128
 _CONTAINER_LIMIT = 1024
 _OOM_QUEUE = 64
@@ -44,6 +46,8 @@ class Sandbox:
         self._pid_namespace_of: Container | None = None
         self._oom_events: deque[str] = deque(maxlen=_OOM_QUEUE)
         self._oom_readers: deque[Future] = deque()
+        self._paths = 0
+        os.makedirs(_WORK, mode=0o700, exist_ok=True)
 
     def create(self, request: agent_pb2.CreateSandboxRequest) -> Generator[Any, Any, None]:
         """Host name, DNS and the storages of the pod."""
@@ -92,8 +96,7 @@ class Sandbox:
             yield from container.create(document)
         except BaseException:
             del self.containers[container_id]
-            for point in reversed(container.storages):
-                self.storages.detach(point)
+            container.clean_up()
             raise
         if self._pid_namespace_of is None:
             self._pid_namespace_of = container
@@ -135,6 +138,16 @@ class Sandbox:
         else:
             self._oom_readers.append(future)
         return future
+
+    def forget_oom_reader(self, future: Future) -> None:
+        """Who called `next_oom` is gone; the event is for another."""
+        if future in self._oom_readers:
+            self._oom_readers.remove(future)
+
+    def new_path(self, end: str) -> str:
+        """A path for a file that lives as long as one call.  Short: some are sockets."""
+        self._paths += 1
+        return f"{_WORK}/{self._paths}.{end}"
 
     def oom_happened(self, container_id: str) -> None:
         """Tell who waits for it, or keep it."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from agent import log
-from agent.loop import READ, WRITE, Future, Loop
+from agent.loop import READ, WRITE, Future, Loop, Task, Timer
 from ttrpc.errors import Code, ProtocolError, RpcError
 from ttrpc.protocol import Connection, RequestReceived, Role
 
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     class Service(Protocol):
         """What answers: a method for each RPC name, returning a message or a generator."""
 
-        def find(self, service: str, method: str) -> tuple[Any, Handler] | None:
-            """The request's class and the handler, or None if there is no such RPC."""
+        def find(self, service: str, method: str) -> tuple[Any, Handler, bool] | None:
+            """The request's class, the handler, and whether it only waits: then it is given up
+            with its client or at its deadline.  None if there is no such RPC."""
 
 
 _CHUNK = 64 << 10
+_LARGE_CHUNK = 1 << 20
 _BACKLOG = 8 << 20  # bytes of answers waiting: above this no more requests are read
 
 
@@ -68,6 +70,7 @@ class _Client:
         self._fd = fd
         self._on_close = on_close
         self._connection = Connection(Role.SERVER)
+        self._waiting: dict[int, Task] = {}
         self._out = memoryview(b"")
         self._watched = 0
         self._watch()
@@ -80,7 +83,7 @@ class _Client:
 
     def _read(self) -> None:
         try:
-            data = os.read(self._fd, _CHUNK)
+            data = os.read(self._fd, max(_CHUNK, min(self._connection.missing, _LARGE_CHUNK)))
         except BlockingIOError:
             return
         except OSError:
@@ -104,19 +107,32 @@ class _Client:
             name = f"/{event.service}/{event.method}"
             self._answer_error(event, RpcError(Code.UNIMPLEMENTED, f"method {name} is not here"))
             return
-        kind, handler = found
+        kind, handler, only_waits = found
         try:
-            reply = handler(kind.FromString(event.payload))
+            request = kind.FromString(event.payload)
+        except Exception as error:  # protobuf's DecodeError, without importing it
+            text = f"{kind.DESCRIPTOR.full_name}: {error}"
+            self._answer_error(event, RpcError(Code.INVALID_ARGUMENT, text))
+            return
+        try:
+            reply = handler(request)
         except Exception as error:
             self._answer_error(event, error)
             return
         if hasattr(reply, "SerializeToString"):
             self._connection.send_response(event.stream_id, reply.SerializeToString())
             return
-        self._wait_for(event, reply)
+        self._wait_for(event, reply, only_waits)
 
-    def _wait_for(self, event: RequestReceived, work: Generator[Any, Any, Any] | Future) -> None:
+    def _wait_for(
+        self, event: RequestReceived, work: Generator[Any, Any, Any], only_waits: bool
+    ) -> None:
+        timer: Timer | None = None
+
         def finished(future: Future) -> None:
+            self._waiting.pop(event.stream_id, None)
+            if timer is not None:
+                timer.cancel()
             if self._fd < 0:
                 return  # nobody is there to be answered
             if future.error is not None:
@@ -125,7 +141,16 @@ class _Client:
                 self._connection.send_response(event.stream_id, future.value.SerializeToString())
             self._flush()
 
-        (work if isinstance(work, Future) else self._loop.spawn(work)).then(finished)
+        def too_late() -> None:
+            task.cancel()
+            task.future.fail(RpcError(Code.DEADLINE_EXCEEDED, f"{event.method}: deadline"))
+
+        task = self._loop.spawn(work)
+        if only_waits and not task.future.done:
+            self._waiting[event.stream_id] = task
+            if event.timeout_nano:
+                timer = self._loop.after(max(0, event.timeout_nano) / 1e9, too_late)
+        task.future.then(finished)
 
     def _answer_error(self, event: RequestReceived, error: BaseException) -> None:
         if isinstance(error, RpcError):
@@ -166,5 +191,8 @@ class _Client:
         self._loop.unwatch(self._fd)
         os.close(self._fd)
         self._fd = -1
+        for task in self._waiting.values():
+            task.cancel()  # a dead reader must not take what the next one is to get
+        self._waiting.clear()
         if self._on_close is not None:
             self._on_close()

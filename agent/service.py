@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any
 
-    from agent.loop import Loop
     from agent.sandbox import Sandbox
 
     Answer = Any  # a message, or a generator that returns one
@@ -26,21 +25,25 @@ if TYPE_CHECKING:
 GRPC_VERSION = "0.0.1"  # what Kata's agent answers; its runtimes read nothing from it
 _EMPTY = empty_pb2.Empty()
 
+# Calls that change nothing until they have something to tell.
+_ONLY_WAIT = frozenset(("WaitProcess", "GetOOMEvent", "ReadStdout", "ReadStderr"))
+
 
 class Services:
     """Finds the handler of an RPC by its names."""
 
     def __init__(self, *implementations: tuple[Any, Any]) -> None:
-        self._found: dict[tuple[str, str], tuple[Any, Callable[[Any], Answer]]] = {}
+        self._found: dict[tuple[str, str], tuple[Any, Callable[[Any], Answer], bool]] = {}
         for module, implementation in implementations:
             for service in module.DESCRIPTOR.services_by_name.values():
                 for method in service.methods:
                     handler = getattr(implementation, method.name, None)
                     if handler is not None:
                         kind = method.input_type._concrete_class
-                        self._found[service.full_name, method.name] = (kind, handler)
+                        only_waits = method.name in _ONLY_WAIT
+                        self._found[service.full_name, method.name] = (kind, handler, only_waits)
 
-    def find(self, service: str, method: str) -> tuple[Any, Callable[[Any], Answer]] | None:
+    def find(self, service: str, method: str) -> tuple[Any, Callable[[Any], Answer], bool] | None:
         return self._found.get((service, method))
 
 
@@ -57,9 +60,8 @@ class Health:
 class AgentService:
     """grpc.AgentService, in the order of its .proto file."""
 
-    def __init__(self, sandbox: Sandbox, loop: Loop) -> None:
+    def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
-        self._loop = loop
 
     # --- containers and processes -------------------------------------------------------
 
@@ -87,8 +89,7 @@ class AgentService:
 
         def wait() -> Generator[Any, Any, Any]:
             status = yield process.exited
-            if process is not container.init:
-                container.execs.pop(process.exec_id, None)
+            container.waited(process)
             return agent_pb2.WaitProcessResponse(status=status)
 
         return wait()
@@ -164,7 +165,11 @@ class AgentService:
             raise RpcError(Code.FAILED_PRECONDITION, "this stream is not read by calls")
 
         def read() -> Generator[Any, Any, Any]:
-            return agent_pb2.ReadStreamResponse(data=(yield output.read(size)))
+            future = output.read(size)
+            try:
+                return agent_pb2.ReadStreamResponse(data=(yield future))
+            finally:
+                output.forget(future)
 
         return read()
 
@@ -268,7 +273,11 @@ class AgentService:
 
     def GetOOMEvent(self, request: Any) -> Answer:
         def wait() -> Generator[Any, Any, Any]:
-            return agent_pb2.OOMEvent(container_id=(yield self._sandbox.next_oom()))
+            future = self._sandbox.next_oom()
+            try:
+                return agent_pb2.OOMEvent(container_id=(yield future))
+            finally:
+                self._sandbox.forget_oom_reader(future)
 
         return wait()
 

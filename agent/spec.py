@@ -46,7 +46,7 @@ def to_json(message: Any) -> dict[str, Any]:
         if name in _SKIPPED:
             continue
         kind = field.message_type
-        if kind is not None and kind.GetOptions().map_entry:
+        if kind is not None and hasattr(value, "items"):  # a map
             out[_json_name(name)] = dict(value)
         elif field.is_repeated:
             out[_json_name(name)] = [to_json(v) for v in value] if kind else list(value)

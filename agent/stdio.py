@@ -17,6 +17,7 @@ from ttrpc.errors import Code, RpcError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 _PIECE = 1 << 20  # bytes of one splice
 _BURST = 4 << 20  # bytes of one stream before others have their turn
@@ -40,11 +41,9 @@ class Output:
         """The descriptor it reads, -1 once it is closed."""
         return self._source
 
-    def drained(self) -> Future:
-        """Done when nothing that was written before the call is left on this side."""
-        future = Future()
-        future.set()
-        return future
+    def process_ended(self) -> Future:
+        """The process is over: done when what it wrote is no longer on this side."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of the source; what is still in it is lost."""
@@ -63,18 +62,22 @@ class RawOutput(Output):
         self._is_pipe = is_pipe
         self._move = self._splice if is_pipe else self._copy
         self._left = memoryview(b"")  # read, and not taken by the sink yet
-        self._drained: list[Future] = []
+        self._moved = 0
+        self._goal = -1  # of `_moved`: then all is gone that the process has written
+        self._ended = False
+        self._drained = Future()
         os.set_blocking(sink, False)
         self._loop.watch(source, READ, self._pump)
 
-    def drained(self) -> Future:
-        future = Future()
+    def process_ended(self) -> Future:
+        self._ended = True
         if self._source < 0:
-            future.set()
-            return future
-        self._drained.append(future)
+            self._drained.set()
+            return self._drained
+        if self._is_pipe:  # a descendant may go on writing: that isn't waited for
+            self._goal = self._moved + self._pending()
         self._pump(0)
-        return future
+        return self._drained
 
     def close(self) -> None:
         super().close()
@@ -82,11 +85,13 @@ class RawOutput(Output):
             self._loop.unwatch(self._sink)
             os.close(self._sink)
             self._sink = -1
-        self._tell_drained()
+        self._drained.set()
 
     def _pump(self, _events: int) -> None:
-        moved = 0
-        while self._source >= 0 and moved < _BURST:
+        end = self._moved + _BURST
+        while self._source >= 0 and self._moved < end:
+            if 0 <= self._goal <= self._moved:
+                self._drained.set()
             try:
                 count = self._move()
             except BlockingIOError:
@@ -98,19 +103,22 @@ class RawOutput(Output):
             if count == 0:
                 self.close()
                 return
-            moved += count
+            self._moved += count
         if self._source >= 0:
             self._wait()
 
     def _wait(self) -> None:
         """Either end blocks: watch the one that does."""
+        if 0 <= self._goal <= self._moved:
+            self._drained.set()
         if self._left or (self._is_pipe and self._pending()):
             self._loop.unwatch(self._source)
             self._loop.watch(self._sink, WRITE, self._pump)
         else:
             self._loop.unwatch(self._sink)
             self._loop.watch(self._source, READ, self._pump)
-            self._tell_drained()
+            if self._ended:
+                self._drained.set()
 
     def _pending(self) -> int:
         answer = fcntl.ioctl(self._source, _FIONREAD, b"\0\0\0\0")
@@ -134,11 +142,6 @@ class RawOutput(Output):
         self._left = self._left[count:]
         return count
 
-    def _tell_drained(self) -> None:
-        waiting, self._drained = self._drained, []
-        for future in waiting:
-            future.set()
-
 
 class RpcOutput(Output):
     """Answers ReadStdout and ReadStderr; reads nothing ahead, so an unread process waits."""
@@ -146,6 +149,23 @@ class RpcOutput(Output):
     def __init__(self, loop: Loop, source: int) -> None:
         super().__init__(loop, source)
         self._reader: tuple[int, Future] | None = None
+        self._ended = False
+
+    def process_ended(self) -> Future:
+        """What was written can still be read; then comes the end, even if a descendant holds
+        the stream."""
+        self._ended = True
+        if self._reader is not None:
+            self._try(0)
+        done = Future()
+        done.set()
+        return done
+
+    def forget(self, future: Future) -> None:
+        """Who called `read` is gone; the bytes are for the next one."""
+        if self._reader is not None and self._reader[1] is future:
+            self._reader = None
+            self._loop.unwatch(self._source)
 
     def read(self, size: int) -> Future:
         """Up to `size` bytes as soon as there are some; at the end an error, as Kata's."""
@@ -168,8 +188,10 @@ class RpcOutput(Output):
         try:
             data = os.read(self._source, self._reader[0])
         except BlockingIOError:
-            self._loop.watch(self._source, READ, self._try)
-            return
+            if not self._ended:
+                self._loop.watch(self._source, READ, self._try)
+                return
+            data = b""
         except OSError:
             data = b""
         self._loop.unwatch(self._source)
@@ -306,13 +328,13 @@ class Streams:
         self._wanted: dict[int, Future] = {}
         self._accept: Callable[[int], None] | None = None
 
-    def listen(self, listener: object, accept: Callable[[], tuple[int, tuple[int, int]]]) -> None:
-        """Take connections from a non-blocking listener for ever."""
+    def listen(self, listener: Any) -> None:
+        """Take connections of a listening, non-blocking `_socket.socket` for ever."""
 
         def ready(_events: int) -> None:
             while True:
                 try:
-                    fd, (_, port) = accept()
+                    fd, (_, port) = listener._accept()
                 except BlockingIOError:
                     return
                 except OSError:
@@ -320,7 +342,7 @@ class Streams:
                 self._add(port, fd)
 
         self._accept = ready
-        self._loop.watch(listener.fileno(), READ, ready)  # type: ignore[attr-defined]
+        self._loop.watch(listener.fileno(), READ, ready)
 
     def claim(self, port: int) -> Future:
         """The descriptor of the connection whose peer has `port`; the host may be still at it."""
