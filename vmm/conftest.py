@@ -43,14 +43,14 @@ class GuestShell:
                 "busybox mount -t ${fs%:*} x /${fs#*:}; done"
             )
 
-    async def run(self, command: str) -> tuple[int, str]:
+    async def run(self, command: str, timeout: float = COMMAND_TIMEOUT) -> tuple[int, str]:
         """Run one line; returns its status and what it printed."""
         self._count += 1
         marker = f"@{self._count}@"
         # The marker is printed, not typed: an echo of the command does not contain it.
         line = f"{command}; busybox printf '%s%s%s\\n' @ '{self._count}@' $?\n"
         await self._stream.send_all(line.encode())
-        with trio.fail_after(COMMAND_TIMEOUT):
+        with trio.fail_after(timeout):
             output = await self.read_until(marker.encode())
             status = await self.read_until(b"\n")
         return int(status), output.decode("utf-8", "replace").replace("\r", "").strip()

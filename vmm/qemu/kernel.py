@@ -52,7 +52,7 @@ def detect_format(path: Path) -> KernelFormat:
                 )
     except OSError as error:
         raise VmmConfigError(f"kernel {path}: {error.strerror}") from error
-    except struct.error as error:
+    except (struct.error, ValueError) as error:
         raise VmmConfigError(f"kernel {path} is a damaged ELF file") from error
     if head[_BZIMAGE_MAGIC_OFFSET : _BZIMAGE_MAGIC_OFFSET + 4] == b"HdrS":
         return KernelFormat.BZIMAGE
