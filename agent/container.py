@@ -271,14 +271,14 @@ class Container:
 
 
 def _last_error(path: str) -> str:
-    """The message of the last line of crun's text log: `TIME: message`."""
+    """The last line of crun's log, which it writes without any prefix."""
     try:
         with open(path, "rb") as file:
             text = file.read()[-_LOG_TAIL:].decode(errors="replace")
     except FileNotFoundError:
         return ""
     lines = text.strip().splitlines()
-    return lines[-1].partition(": ")[2] if lines else ""
+    return lines[-1] if lines else ""
 
 
 def _write_json(path: str, document: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class _Console:
         leader, follower = os.openpty()
         # A session of its own that opens the pty as its controlling terminal.
         name = os.ttyname(follower)
-        os.close(follower)
+        self._follower = follower  # kept open: without one the leader reads an error
         environment = {**ENVIRONMENT, "TERM": "linux", "PS1": "guest# "}
         script = f"exec <>{name} >&0 2>&1; exec {shell} -i"
         pid = spawn(["/bin/sh", "-c", script], environment=environment, new_session=True)
@@ -54,8 +54,9 @@ class _Console:
         reaper.status_of(pid).then(lambda _: self._close())
 
     def _close(self) -> None:
-        self._output.process_ended().then(lambda _: self._output.close())
         self._input.close()
+        self._output.process_ended().then(lambda _: self._output.close())
+        os.close(self._follower)
 
 
 class _HangingUp(RawInput):

@@ -59,13 +59,15 @@ class Guest:
         client: its connection.
     """
 
-    def __init__(self, client: Client, socket: Path, port: int, root: Path, pid: int) -> None:
+    def __init__(
+        self, client: Client, socket: Path, ports: list[int], root: Path, pid: int
+    ) -> None:
         self.client = client
         self.call: Any = client.stub(AGENT)
         self.root = root
         self.pid = pid
         self._socket = socket
-        self._port = port
+        self._port, self.console_port = ports
 
     @asynccontextmanager
     async def another(self) -> AsyncIterator[Any]:
@@ -176,8 +178,8 @@ def _ldd(path: str) -> bytes:
 
 
 @pytest.fixture
-def agent_process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, int]]:
-    """(unshare's process, the agent's socket, the stream port)."""
+def agent_process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Path, list[int]]]:
+    """(unshare's process, the agent's socket, the ports of the streams and the console)."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
     for program in ("crun", "unshare"):
@@ -191,9 +193,9 @@ def agent_process(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], Pat
     )
     try:
         assert process.stdout is not None
-        word, _, port = process.stdout.readline().decode().partition(" ")
+        word, *ports = process.stdout.readline().decode().split()
         assert word == "ready"
-        yield process, tmp_path / "agent.sock", int(port)
+        yield process, tmp_path / "agent.sock", [int(port) for port in ports]
     finally:
         process.kill()
         process.communicate()
@@ -217,11 +219,11 @@ def _remove_cgroups() -> None:
 
 @pytest.fixture
 async def guest(
-    agent_process: tuple[subprocess.Popen[bytes], Path, int], busybox_root: Path
+    agent_process: tuple[subprocess.Popen[bytes], Path, list[int]], busybox_root: Path
 ) -> AsyncIterator[Guest]:
-    process, socket, port = agent_process
+    process, socket, ports = agent_process
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     async with Client(await trio.open_unix_socket(str(socket))) as client:
         health = client.stub(health_pb2.DESCRIPTOR.services_by_name["Health"])
         await health.Check(health_pb2.CheckRequest(), timeout=20)
-        yield Guest(client, socket, port, busybox_root, int(children[0]))
+        yield Guest(client, socket, ports, busybox_root, int(children[0]))

@@ -157,7 +157,7 @@ async def test_ids_that_are_refused(guest: Any, name: str) -> None:
 async def test_a_long_id_with_a_terminal(guest: Any) -> None:
     name = "x" * 128
     await guest.run(name, "tty", terminal=True)
-    assert await guest.read(name) == b"/dev/console\r\n"
+    assert await guest.read(name) == b"/dev/pts/0\r\n"
 
 
 async def test_unknown_things(guest: Any) -> None:
