@@ -77,6 +77,7 @@ class VhostUserChannel(VsockChannel):
         self._cid = cid
         self._ports: dict[int, Incoming] = {}
         self._mux = Mux(cid, self._ports, self._guest_knocked)
+        # Each is replaced when it is set, so that it stands for the next time.
         self._up = trio.Event()
         self._knock = trio.Event()
         self._backend: Backend | None = None
@@ -140,11 +141,9 @@ class VhostUserChannel(VsockChannel):
 
     async def _ready_to_connect(self) -> None:
         while not self._mux.ready:
-            self._up = trio.Event()
             await self._up.wait()
 
     async def _pause(self, seconds: float) -> None:
-        self._knock = trio.Event()
         with trio.move_on_after(seconds):
             await self._knock.wait()
 
@@ -152,6 +151,7 @@ class VhostUserChannel(VsockChannel):
         # A guest that tries to reach a host port where nobody listens has something to say:
         # an agent may do so once it listens itself, and is then found without a pause.
         self._knock.set()
+        self._knock = trio.Event()
 
     def listen(self, port: int, handler: Handler) -> None:
         self._ports[port] = partial(self._take, handler)
@@ -229,6 +229,7 @@ class VhostUserChannel(VsockChannel):
     def _driver_started(self) -> None:
         if self._mux.ready:
             self._up.set()
+            self._up = trio.Event()
 
 
 class _Rings:

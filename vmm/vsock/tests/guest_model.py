@@ -337,6 +337,7 @@ class GuestSocket:
     advertised: int = 0
     pending: deque[bytes] = field(default_factory=deque)
     to_send: int = 0  # bytes that a source still makes
+    made: int = 0
     digest: object = field(default_factory=hashlib.sha256)
     command: bytes = b""
     ended: bool = False  # we have said that we send no more
@@ -347,7 +348,7 @@ class GuestSocket:
         return self.peer_buf_alloc - ((self.tx_cnt - self.peer_fwd_cnt) & 0xFFFFFFFF)
 
 
-BLOCK = hashlib.sha256(b"model").digest() * (PACKET_MAX // 32)
+BLOCK = hashlib.shake_128(b"model").digest(PACKET_MAX)
 
 
 class Guest:
@@ -456,8 +457,10 @@ class Guest:
             if sock.service == "echo":
                 self._consumed(sock, len(data))
         elif sock.to_send:
-            data = BLOCK[: min(credit, sock.to_send)]
+            at = sock.made % len(BLOCK)
+            data = BLOCK[at : at + min(credit, sock.to_send)]
             sock.to_send -= len(data)
+            sock.made += len(data)
         elif sock.end_wanted:
             sock.ended = True
             self.driver.transmit(self._packet(sock, wire.OP_SHUTDOWN, wire.SHUTDOWN_SEND))

@@ -112,6 +112,24 @@ async def test_connect_when_ready_sees_the_listener_soon(rig: RigFactory) -> Non
         assert took[0] - listening < 0.1
 
 
+async def test_many_wait_for_the_same_driver(rig: RigFactory) -> None:
+    async with rig(start=False) as r, trio.open_nursery() as nursery:
+
+        async def connect() -> None:
+            await (await r.channel.connect_when_ready(ECHO, 5)).aclose()
+
+        for _ in range(3):
+            nursery.start_soon(connect)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(r.call, r.driver.start)
+        while not r.channel.driver_up:
+            await trio.sleep(0.001)
+        async with r.guest():
+            with trio.fail_after(5):
+                while len(nursery.child_tasks) > 0:
+                    await trio.sleep(0.001)
+
+
 async def test_connect_when_ready_gives_up_in_time(rig: RigFactory) -> None:
     async with rig(start=False) as r:
         with pytest.raises(VsockRefused, match="did not listen within"):

@@ -46,8 +46,6 @@ async def test_a_gigabyte_arrives_whole(tmp_path: Path) -> None:
                     digest.update(data)
                     received += len(data)
     assert received == size
-    # The model cuts BLOCK where credit ends, so the digest is of another sequence unless all
-    # cuts fall on its period; what must hold is the repetition of 32 bytes.
     assert digest.digest() == expected.digest()
 
 
