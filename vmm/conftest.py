@@ -115,3 +115,8 @@ async def running_vm(
 @pytest.fixture
 def boot() -> Any:
     return running_vm
+
+
+@pytest.fixture
+def shell_on() -> type[GuestShell]:
+    return GuestShell

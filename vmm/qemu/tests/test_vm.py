@@ -219,6 +219,51 @@ async def test_pause_resume(vm_config: VmConfig, boot: Any) -> None:
             await shell.read_until(b"resumed-42")
 
 
+async def test_save_and_restore(
+    vm_config: VmConfig, boot: Any, shell_on: Any, tmp_path: Path, state_dir: Path
+) -> None:
+    async with boot(vm_config) as (vm, shell):
+        with pytest.raises(VmmError, match="paused"):
+            await vm.save(tmp_path)
+        await shell.run("echo remembered >/mnt/note")
+        await vm.pause()
+        await vm.save(tmp_path)
+        with trio.move_on_after(0.2) as scope:
+            await vm.wait()
+        assert scope.cancelled_caught, "the VM is still there"
+    memory_file = (tmp_path / "memory").stat()
+    assert memory_file.st_size == vm_config.memory_mib << 20
+    assert memory_file.st_blocks * 512 < memory_file.st_size, "holes stay holes"
+    console = ConsoleDevice("console0", state_dir / "console.sock")
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"plugged into the clone".ljust(1 << 20, b"\0"))
+    async with Qemu(vm_config) as clone:
+        await clone.prepare()
+        await clone.add_device(console)
+        async with await trio.open_unix_socket(str(console.socket)) as stream:
+            await clone.restore(tmp_path)
+            await clone.resume()
+            shell = shell_on(stream)
+            assert (await shell.run("busybox cat /mnt/note"))[1] == "remembered"
+            assert (await clone.add_device(BlockDevice("d", disk))).pci_path == "02/01"
+            script = (
+                "while [ ! -b /dev/vdb ]; do busybox usleep 10000; done; busybox head -c 7 /dev/vdb"
+            )
+            assert (await shell.run(script))[1] == "plugged"
+    assert (tmp_path / "memory").stat().st_mtime_ns == memory_file.st_mtime_ns
+
+
+@pytest.mark.parametrize("missing", ["state", "memory"])
+async def test_restore_from_nothing(vm_config: VmConfig, tmp_path: Path, missing: str) -> None:
+    if missing == "state":
+        with (tmp_path / "memory").open("wb") as file:
+            file.truncate(vm_config.memory_mib << 20)
+    async with Qemu(vm_config) as vm:
+        await vm.prepare()
+        with pytest.raises(VmmError, match=missing):
+            await vm.restore(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
