@@ -5,8 +5,17 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterator,
+    Sequence,
+)
 from functools import partial
+from types import coroutine
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -19,6 +28,7 @@ from ttrpc.protocol import (
     MAX_REQUEST_BYTES,
     MAX_STREAMS,
     Connection,
+    Event,
     MessageReceived,
     RequestReceived,
     Role,
@@ -234,7 +244,7 @@ class Server:
 
 
 class _ServerConnection:
-    """One connection: its reader dispatches, each call is a task of its nursery."""
+    """One connection: its reader dispatches, calls run in tasks of its nursery."""
 
     def __init__(
         self,
@@ -250,6 +260,9 @@ class _ServerConnection:
         self._scopes: dict[int, trio.CancelScope] = {}
         self._draining = False
         self._drained = trio.Event()
+        # What the reader has yet to handle, and whether it is at it (and will flush then).
+        self._events: Iterator[Event] = iter(())
+        self._dispatching = False
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
@@ -259,8 +272,7 @@ class _ServerConnection:
                     self._nursery = nursery
                     nursery.start_soon(self._transport.run)
                     nursery.start_soon(self._close_when_drained)
-                    await self._read()
-                    nursery.cancel_scope.cancel()
+                    nursery.start_soon(self._read)
             finally:
                 await self._transport.aclose()
 
@@ -285,31 +297,52 @@ class _ServerConnection:
         self.stop()
 
     async def _read(self) -> None:
+        """Read and dispatch until the connection ends, or a call that was run in here blocks.
+
+        Most calls end without ever waiting, so they aren't worth a task of their own. One that
+        does wait keeps this task, and another one takes the reading over.
+        """
         try:
             while True:
+                if await self._dispatch_all():
+                    return
+                self._transport.flush(now=True)
+                if self._inboxes:
+                    await self._wait_for_readers()
                 if self._transport.backlog > HIGH_WATER:
                     await self._transport.wait_room()
                 data = await self._transport.receive()
                 if not data:
-                    return
-                for event in self._connection.receive_data(data):
-                    if type(event) is RequestReceived:
-                        self._dispatch(event)
-                    elif type(event) is MessageReceived:
-                        inbox = self._inboxes.get(event.stream_id)
-                        if inbox is not None:
-                            inbox.put(event.payload, event.end)
-                    elif isinstance(event, StreamFailed):
-                        scope = self._scopes.get(event.stream_id)
-                        if scope is not None:
-                            scope.cancel()
-                self._transport.flush(now=True)
-                if self._inboxes:
-                    await self._wait_for_readers()
+                    break
+                self._events = iter(self._connection.receive_data(data))
         except ProtocolError as error:
             log.warning("a peer broke the protocol: %s", error)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             log.debug("a connection broke: %s", error)
+        self._scope.cancel()
+
+    async def _dispatch_all(self) -> bool:
+        """Handle the events that came. True: another task reads now, end this one."""
+        self._dispatching = True
+        for event in self._events:
+            if type(event) is RequestReceived:
+                call = self._accept(event)
+                if call is not None and await _run_here(call, self._hand_over):
+                    return True
+            elif type(event) is MessageReceived:
+                inbox = self._inboxes.get(event.stream_id)
+                if inbox is not None:
+                    inbox.put(event.payload, event.end)
+            elif isinstance(event, StreamFailed):
+                scope = self._scopes.get(event.stream_id)
+                if scope is not None:
+                    scope.cancel()
+        self._dispatching = False
+        return False
+
+    def _hand_over(self) -> None:
+        self._dispatching = False
+        self._nursery.start_soon(self._read)
 
     async def _wait_for_readers(self) -> None:
         for inbox in list(self._inboxes.values()):
@@ -317,27 +350,28 @@ class _ServerConnection:
                 text = "the stream's messages were not taken in time"
                 inbox.fail(RpcError(Code.RESOURCE_EXHAUSTED, text))
 
-    def _dispatch(self, event: RequestReceived) -> None:
+    def _accept(self, event: RequestReceived) -> Coroutine[Any, Any, None] | None:
+        """What has to run for a request; None if it was refused."""
         methods = self._services.get(event.service)
-        if methods is None:
-            self._refuse(event, Code.UNIMPLEMENTED, f"service {event.service}")
-            return
-        method = methods.get(event.method)
+        method = methods.get(event.method) if methods else None
         if method is None:
-            self._refuse(event, Code.UNIMPLEMENTED, f"method {event.method}")
+            what = "service" if methods is None else "method"
+            name = event.service if methods is None else event.method
+            self._refuse(event, Code.UNIMPLEMENTED, f"unknown {what} {name}")
         elif self._draining:
             self._refuse(event, Code.UNAVAILABLE, "the server is shutting down")
         elif event.timeout_nano < 0:
             self._refuse(event, Code.DEADLINE_EXCEEDED, "the deadline was over on arrival")
         elif method.unary and not event.timeout_nano:
-            self._nursery.start_soon(self._call, method, event, math.inf)
+            return self._call(method, event, math.inf)
         else:
-            self._start(method, event)
+            return self._prepare(method, event)
+        return None
 
     def _refuse(self, event: RequestReceived, code: Code, message: str) -> None:
         self._connection.send_response(event.stream_id, b"", code, message)
 
-    def _start(self, method: _Method, event: RequestReceived) -> None:
+    def _prepare(self, method: _Method, event: RequestReceived) -> Coroutine[Any, Any, None]:
         deadline = math.inf
         if event.timeout_nano:
             deadline = trio.current_time() + event.timeout_nano / 1e9
@@ -347,7 +381,7 @@ class _ServerConnection:
             # Of an open stream an empty first payload is none, as with the Go implementation.
             first = event.payload if event.payload or not event.more else None
             inbox.put(first, not event.more)
-        self._nursery.start_soon(self._call_in_scope, method, event, deadline)
+        return self._call_in_scope(method, event, deadline)
 
     async def _call_in_scope(
         self, method: _Method, event: RequestReceived, deadline: float
@@ -408,7 +442,8 @@ class _ServerConnection:
 
     def _sent(self) -> None:
         in_flight = self._connection.in_flight
-        self._transport.flush(now=not in_flight)
+        if not self._dispatching:
+            self._transport.flush(now=not in_flight)
         if self._draining and not in_flight:
             self._drained.set()
 
@@ -417,6 +452,34 @@ class _ServerConnection:
         await self._transport.wait_room()
         self._connection.send_message(stream_id, message.SerializeToString())
         self._transport.flush(now=False)
+
+
+@coroutine
+def _run_here(
+    call: Coroutine[Any, Any, None], on_block: Callable[[], None]
+) -> Generator[Any, Any, bool]:
+    """Await `call`, with on_block() called when it first waits for anything.
+
+    What it yields goes to trio unseen, so it is as good as awaited by this task.
+
+    Returns:
+        whether it waited.
+    """
+    try:
+        trap = call.send(None)
+    except StopIteration:
+        return False
+    on_block()
+    try:
+        while True:
+            try:
+                value = yield trap
+            except BaseException as error:
+                trap = call.throw(error)
+            else:
+                trap = call.send(value)
+    except StopIteration:
+        return True
 
 
 def _parse(kind: type[Message], payload: bytes) -> Any:

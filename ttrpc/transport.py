@@ -50,7 +50,7 @@ class Transport:
         self._work = trio.lowlevel.ParkingLot()
         self._room = trio.lowlevel.ParkingLot()
         self._idle = trio.lowlevel.ParkingLot()
-        # A small write to a socket is tried at once: two passes of the scheduler less per call.
+        # On a socket a write is tried at once: two passes of the scheduler less per call.
         self._socket = stream.socket if type(stream) is trio.SocketStream else None
 
     @property
@@ -133,7 +133,17 @@ class Transport:
             trio.BrokenResourceError, trio.ClosedResourceError: the stream broke, or was closed.
         """
         size = min(max(self._connection.missing, _RECEIVE_SIZE), _RECEIVE_SIZE_MAX)
-        return bytes(await self._stream.receive_some(size))
+        if self._socket is None:
+            return bytes(await self._stream.receive_some(size))
+        while True:
+            # Mostly there is nothing yet, so unlike receive_some() this waits first.
+            await trio.lowlevel.wait_readable(self._socket)
+            try:
+                return os.read(self._socket.fileno(), size)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise trio.BrokenResourceError(error.strerror) from error
 
     async def aclose(self) -> None:
         """Close the stream at once."""
