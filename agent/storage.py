@@ -51,7 +51,7 @@ DRIVERS = (
 class _Entry:
     """One mount point: how many hold it, whether it goes with the sandbox only."""
 
-    __slots__ = ("driver", "holders", "made", "mounted", "settled", "sticky")
+    __slots__ = ("driver", "holders", "made", "mounted", "scratch", "settled", "sticky")
 
     def __init__(self, driver: str, sticky: bool) -> None:
         self.driver = driver
@@ -60,6 +60,7 @@ class _Entry:
         self.mounted = False
         self.settled = False  # mounted or failed: nobody is at work on it any more
         self.made = False  # the mount point itself is ours, to be removed
+        self.scratch: list[str] = []  # directories that go with it
 
 
 class Storages:
@@ -297,6 +298,7 @@ class Storages:
             for name in ("upper", "work"):
                 directory = f"{BUNDLES}/{container_id}/{name}"
                 os.makedirs(directory, exist_ok=True)
+                entry.scratch.append(directory)
                 options.append(f"{name}dir={directory}")
         self._plain(storage.source or "overlay", "overlay", options, point, entry)
 
@@ -354,11 +356,13 @@ class Storages:
                 mounts.unmount(point)
             if entry.made and os.path.lexists(point):
                 if entry.driver == "local":
-                    _remove_tree(point)
+                    remove_tree(point)
                 elif os.path.isdir(point):
                     _remove_if_empty(point)
                 else:
                     os.unlink(point)
+            for directory in entry.scratch:
+                remove_tree(directory)
         except OSError as error:
             raise RpcError(Code.INTERNAL, f"unmount of {point}: {error}") from error
 
@@ -414,11 +418,18 @@ def _remove_if_empty(directory: str) -> None:
             raise
 
 
-def _remove_tree(directory: str) -> None:
-    """Remove a directory with all in it, by descriptor: no link in it leads elsewhere."""
-    import shutil
-
-    shutil.rmtree(directory)
+def remove_tree(directory: str) -> None:
+    """Remove a directory with all in it, by descriptors: no link in it leads elsewhere."""
+    for _, directories, files, descriptor in os.fwalk(directory, topdown=False):
+        for name in files:
+            os.unlink(name, dir_fd=descriptor)
+        for name in directories:
+            status = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
+            if stat.S_ISDIR(status.st_mode):
+                os.rmdir(name, dir_fd=descriptor)
+            else:
+                os.unlink(name, dir_fd=descriptor)
+    os.rmdir(directory)
 
 
 def _reserve_hugepages(options: list[str], sysfs: str) -> None:

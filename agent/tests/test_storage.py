@@ -185,9 +185,23 @@ def test_overlay(tmp_path: Path, namespaces: Run, monkeypatch: pytest.MonkeyPatc
         found += sorted(os.listdir(tmp_path / "run/c1/upper"))
         found += sorted(os.listdir(tmp_path / "run"))
         storages.detach(str(point))
+        found += os.listdir(tmp_path / "run/c1")
         return [*found, str(mounts.is_mount_point(str(point)))]
 
     assert namespaces(child) == ["new", "one", "two", "new", "c1", "made", "False"]
+
+
+def test_remove_tree_follows_no_link(tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept").touch()
+    tree = tmp_path / "tree"
+    (tree / "a/b").mkdir(parents=True)
+    (tree / "a/b/f").touch()
+    (tree / "a/link").symlink_to(outside)
+    storage.remove_tree(str(tree))
+    assert not tree.exists()
+    assert (outside / "kept").exists()
 
 
 def _made(path: Path) -> str:
