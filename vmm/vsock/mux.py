@@ -14,17 +14,17 @@ import logging
 import os
 import select
 import socket
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 
 from vmm.vsock import wire
 from vmm.vsock.backend import RX, TX, Ring
-from vmm.vsock.link import Link, Settled, socket_pair
+from vmm.vsock.link import Link, Settled
 from vmm.vsock.segments import cut, skip, trim, write_header
+from vmm.vsock.table import IN, QUIET, LinkTable, Refused
 from vmm.vsock.virtqueue import Chain, QueueError, Virtqueue
-from vmm.vsock.wire import Connection, Outcome, State
+from vmm.vsock.wire import Outcome, State
 
 _log = logging.getLogger(__name__)
 
@@ -33,32 +33,15 @@ BUDGET = 1 << 20
 #: What a packet costs beside its payload, in bytes of budget.
 PACKET_COST = 512
 
-MAX_CONNECTIONS = 1024
-MAX_INCOMING = 256
 #: Unanswered resets after which the guest's packets wait until it offers receive buffers.
 MAX_REPLIES = 128
 #: Receive buffers filled by one system call, and segments in one.
 MAX_BURST = 16
 MAX_SEGMENTS = 512
 
-#: Credit for one stream, and the sum of what is given out before new ones get less.
-BUF_ALLOC = 512 << 10
-MIN_BUF_ALLOC = 64 << 10
-BUFFER_BUDGET = 64 << 20
-
-#: A guest that doesn't answer the end of a connection is forgotten after this.
-LINGER_SECONDS = 10.0
-FIRST_HOST_PORT = 1 << 30
-
-_IN = select.EPOLLIN | select.EPOLLRDHUP
-_QUIET = select.EPOLLET  # hang-up only, and only once
 _HUP = select.EPOLLHUP | select.EPOLLERR
 
 Incoming = Callable[[int, Link, socket.socket], None]
-
-
-class Refused(Exception):
-    """No connection can be made now."""
 
 
 class Mux:
@@ -80,21 +63,18 @@ class Mux:
         self.cid = cid
         self._ports = ports
         self._on_request = on_request
-        self._epoll = select.epoll()
-        self._readers = select.epoll()
+        self._table = table = LinkTable(cid)
+        self._epoll = table.epoll
+        self._readers = table.readers
         self._starved = True  # `_readers` is not part of `_epoll`
         self._rx: Ring | None = None
         self._tx: Ring | None = None
         self._kicks: dict[int, Ring] = {}
-        self._links: dict[int, Link] = {}  # those the guest knows of, by Link.key
-        self._by_fd: dict[int, Link] = {}
-        self._owed: dict[Link, None] = {}  # in order of need
+        self._links = table.links
+        self._by_fd = table.by_fd
+        self._owed = table.owed
         self._replies: deque[bytes] = deque()
         self._touched: dict[Link, None] = {}
-        self._lingering: dict[Link, float] = {}
-        self._granted = 0
-        self._incoming = 0
-        self._next_port = FIRST_HOST_PORT + int.from_bytes(os.urandom(3), "little")
         #: bytes moved since the counter was last reset by whoever reads it
         self.moved = 0
 
@@ -110,10 +90,7 @@ class Mux:
     def close(self) -> None:
         """Drop every connection and descriptor."""
         self.guest_reset()
-        for link in list(self._by_fd.values()):
-            self._drop(link)
-        self._readers.close()
-        self._epoll.close()
+        self._table.close()
 
     # --- the rings -------------------------------------------------------------------------
 
@@ -143,7 +120,7 @@ class Mux:
         for link in list(self._links.values()):
             link.segments.clear()
             link.connection.state = State.CLOSED
-            self._closed(link)
+            self._table.closed(link)
         self._owed.clear()
 
     # --- connections -----------------------------------------------------------------------
@@ -159,18 +136,7 @@ class Mux:
         """
         if not self.ready:
             raise Refused("the guest's vsock driver is not up")
-        self._make_room()
-        while guest_port << 32 | self._next_port in self._links:
-            self._next_port += 1
-        host_port = self._next_port
-        self._next_port = (
-            host_port + 1 if host_port < 0xFFFF_FFF0 else FIRST_HOST_PORT
-        )  # never soon again: the guest may still hold the old one
-        ours, theirs, credit = socket_pair(self._credit())
-        connection = Connection(self.cid, guest_port, host_port, credit)
-        link = self._add(Link(connection, ours, settled))
-        connection.request()
-        self._owed[link] = None
+        link, theirs = self._table.open(guest_port, settled)
         self._send_now()
         return link, theirs
 
@@ -180,7 +146,7 @@ class Mux:
         link.host_closed = True
         link.discard()
         link.connection.reset()
-        self._closed(link)
+        self._table.closed(link)
         self._send_now()
 
     def when_written(self, link: Link, tell: Callable[[], None]) -> bool:
@@ -191,108 +157,18 @@ class Mux:
         link.waiters.append((link.received, tell))
         return False
 
-    def _credit(self) -> int:
-        left = BUFFER_BUDGET - self._granted
-        return max(MIN_BUF_ALLOC, min(BUF_ALLOC, left // 8))
-
-    def _add(self, link: Link) -> Link:
-        self._links[link.key] = link
-        self._by_fd[link.fd] = link
-        self._granted += link.connection.buf_alloc
-        self._incoming += link.incoming
-        return link
-
-    def _make_room(self) -> None:
-        """Forget connections that the host has closed and the guest does not let go of."""
-        now = time.monotonic()
-        for link, deadline in list(self._lingering.items()):
-            full = len(self._links) >= MAX_CONNECTIONS
-            if full or deadline <= now:
-                if full:
-                    link.connection.reset()
-                else:
-                    # No RST: it would cost the guest what it has not read yet.
-                    link.connection.state = State.CLOSED
-                self._closed(link)
-            else:
-                break
-        if len(self._links) >= MAX_CONNECTIONS or len(self._by_fd) >= MAX_CONNECTIONS:
-            raise Refused(f"{MAX_CONNECTIONS} vsock connections are open")
-
     def _accept(self, guest_port: int, host_port: int, buf_alloc: int, fwd_cnt: int) -> bool:
         """A connection attempt of the guest.  False refuses it."""
         handler = self._ports.get(host_port)
-        if handler is None or self._incoming >= MAX_INCOMING:
+        if handler is None:
             self._on_request(host_port)
             return False
         try:
-            self._make_room()
+            link, theirs = self._table.accept(guest_port, host_port, buf_alloc, fwd_cnt)
         except Refused:
             return False
-        ours, theirs, credit = socket_pair(self._credit())
-        connection = Connection(self.cid, guest_port, host_port, credit)
-        connection.accept(buf_alloc, fwd_cnt)
-        link = self._add(Link(connection, ours, incoming=True))
-        self._owed[link] = None
-        self._readers.register(link.fd, _IN)
         handler(guest_port, link, theirs)
         return True
-
-    def _closed(self, link: Link) -> None:
-        """The guest knows the connection no more, or is to be told so."""
-        if self._links.pop(link.key, None) is not None:
-            self._granted -= link.connection.buf_alloc
-            self._incoming -= link.incoming
-        self._lingering.pop(link, None)
-        if link.connection.owes():
-            self._owed[link] = None
-        link.settle(False)
-        if not link.backlog:
-            self._drop(link)
-        elif link.fd >= 0 and not link.host_eof:
-            link.host_eof = True
-            self._readers.modify(link.fd, _QUIET)
-
-    def _drop(self, link: Link) -> None:
-        """Close our end of the pair; whatever the guest sends from now on is discarded."""
-        if link.fd < 0:
-            return
-        del self._by_fd[link.fd]
-        link.fd = -1  # the number may be another link's soon
-        link.host_closed = True
-        link.discard()
-        # Unread data would turn the host's end of stream into ECONNRESET.
-        with contextlib.suppress(OSError):
-            while not link.host_eof and link.sock.recv(65536):
-                pass
-        link.sock.close()  # leaves both epolls by itself: nobody else holds the description
-
-    def _finish(self, link: Link) -> None:
-        """Pass on to the host what the guest has ended, once nothing waits any more."""
-        if link.backlog or link.host_closed:
-            return
-        connection = link.connection
-        if connection.state is State.CLOSED:
-            self._drop(link)
-            return
-        if connection.guest_done & wire.SHUTDOWN_SEND and not link.writing_ended:
-            link.writing_ended = True
-            with contextlib.suppress(OSError):
-                link.sock.shutdown(socket.SHUT_WR)
-        if connection.guest_done & wire.SHUTDOWN_RCV and not link.host_eof:
-            link.host_eof = True
-            with contextlib.suppress(OSError):
-                link.sock.shutdown(socket.SHUT_RD)
-            self._readers.modify(link.fd, _QUIET)
-
-    def _host_closed(self, link: Link) -> None:
-        """The host closed its end and all it had sent is with the guest."""
-        link.connection.shutdown(wire.SHUTDOWN_BOTH)
-        if link.connection.owes():
-            self._owed[link] = None
-        self._drop(link)
-        if link.connection.state is State.OPEN:
-            self._lingering[link] = time.monotonic() + LINGER_SECONDS
 
     # --- work ------------------------------------------------------------------------------
 
@@ -416,18 +292,18 @@ class Mux:
             if len(link.segments) >= MAX_SEGMENTS:
                 self._flush(link)
         elif outcome is Outcome.OPENED:
-            self._readers.register(link.fd, _IN)
+            self._readers.register(link.fd, IN)
             link.settle(True)
         elif outcome is not Outcome.NOTHING:
             self._flush(link)
             if connection.state is State.CLOSED:
-                self._closed(link)
+                self._table.closed(link)
             else:
-                self._finish(link)
+                self._table.finish(link)
         if link.blocked and connection.credit():
             link.blocked = False
             if not link.host_eof and link.fd >= 0:
-                self._readers.modify(link.fd, _IN)
+                self._readers.modify(link.fd, IN)
         if connection.owes():
             self._owed[link] = None
         return length
@@ -438,7 +314,7 @@ class Mux:
             return
         backlog = len(link.backlog)
         if not link.take_segments(MAX_SEGMENTS) and link.fd >= 0:
-            self._host_closed(link)
+            self._table.host_closed(link)
         elif link.backlog and not backlog:
             self._epoll.register(link.fd, select.EPOLLOUT)
         if link.connection.owes():
@@ -451,9 +327,9 @@ class Mux:
             self._epoll.unregister(link.fd)
         if not alive:
             link.discard()
-            self._host_closed(link)
+            self._table.host_closed(link)
         elif not link.backlog:
-            self._finish(link)
+            self._table.finish(link)
         if link.connection.owes():
             self._owed[link] = None
 
@@ -479,7 +355,11 @@ class Mux:
                 for fd, mask in events:
                     link = self._by_fd.get(fd)
                     # Even without buffers all events must be seen: a hang-up comes only once.
-                    if link is None or link.blocked or (short and not link.host_eof):
+                    if link is None or (short and not link.host_eof and not link.blocked):
+                        continue
+                    if link.blocked:
+                        if mask & _HUP:
+                            self._table.hung_up(link)
                         continue
                     moved = self._pump(link, queue, mask)
                     if moved < 0:
@@ -537,12 +417,12 @@ class Mux:
         connection = link.connection
         if link.host_eof:
             if mask & _HUP:
-                self._host_closed(link)
+                self._table.host_closed(link)
             return 0
         credit = connection.credit()
         if not credit:
             link.blocked = True
-            self._readers.modify(link.fd, _QUIET)
+            self._readers.modify(link.fd, QUIET)
             return 0
         chains: list[tuple[Chain, int]] = []
         vector: list[memoryview] = []
@@ -586,9 +466,9 @@ class Mux:
             queue.unpop(len(chains))
             link.host_eof = True
             if mask & _HUP:
-                self._host_closed(link)
+                self._table.host_closed(link)
             else:
-                self._readers.modify(link.fd, _QUIET)
+                self._readers.modify(link.fd, QUIET)
                 connection.shutdown(wire.SHUTDOWN_SEND)
                 self._owed[link] = None
             return 0

@@ -25,7 +25,8 @@ from vmm.vsock.channel import (
     VsockRefused,
 )
 from vmm.vsock.link import Link
-from vmm.vsock.mux import Incoming, Mux, Refused
+from vmm.vsock.mux import Incoming, Mux
+from vmm.vsock.table import Refused
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 
 from vmm.errors import VmmGoneError
-from vmm.vsock import VsockConnection, VsockRefused, mux, wire
+from vmm.vsock import VsockConnection, VsockRefused, mux, table, wire
 from vmm.vsock import vhost_user as vu
 from vmm.vsock.tests.conftest import Rig, RigFactory, read_all
 from vmm.vsock.tests.guest_model import BLOCK, HIGH_BASE, USER_BASE, Packet
@@ -249,10 +249,10 @@ async def test_host_close_is_told_once_the_data_is_sent(rig: RigFactory) -> None
         assert b"".join(p.payload for p in packets) == b"z" * 10_000
         assert [p.op for p in packets] == [wire.OP_RW] * 3 + [wire.OP_SHUTDOWN]
         assert packets[-1].flags == 3
-        assert r.mux._lingering
+        assert r.mux._table._lingering
         r.driver.send(Packet(wire.OP_RST, 7, port))
         await r.settle()
-        assert not r.mux._lingering
+        assert not r.mux._table._lingering
         assert not r.mux._links
 
 
@@ -285,7 +285,7 @@ async def test_a_stream_closed_while_the_guest_has_no_room(rig: RigFactory) -> N
 async def test_a_full_host_socket_withholds_credit_and_loses_nothing(rig: RigFactory) -> None:
     async with rig() as r:
         connection, port = await accepted(r)
-        window = mux.BUF_ALLOC
+        window = table.BUF_ALLOC
         sent = bytearray()
         fwd_cnt = 0
         while len(sent) - fwd_cnt < window:
@@ -382,7 +382,7 @@ async def test_connections_made_by_the_guest(rig: RigFactory) -> None:
 async def test_connections_of_the_guest_are_bounded(
     rig: RigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mux, "MAX_INCOMING", 3)
+    monkeypatch.setattr(table, "MAX_INCOMING", 3)
 
     async def handler(connection: VsockConnection) -> None:
         await trio.sleep_forever()
@@ -398,7 +398,7 @@ async def test_connections_of_the_guest_are_bounded(
 async def test_connections_of_the_host_are_bounded_and_closed_ones_make_room(
     rig: RigFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mux, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(table, "MAX_CONNECTIONS", 3)
     async with rig() as r:
         open_ = [await accepted(r, port) for port in (1, 2, 3)]
         with pytest.raises(VsockRefused, match="3 vsock connections"):
@@ -416,6 +416,41 @@ async def test_connections_of_the_host_are_bounded_and_closed_ones_make_room(
             nursery.cancel_scope.cancel()
         for connection, _ in open_:
             await connection.aclose()
+
+
+async def test_a_stream_that_hung_up_with_data_left_makes_room(
+    rig: RigFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table, "MAX_CONNECTIONS", 1)
+    async with rig() as r:
+        connection, port = await accepted(r)
+        r.driver.send(Packet(wire.OP_CREDIT_UPDATE, 7, port, buf_alloc=1))
+        await r.settle()
+        await connection.stream.send_all(b"more than it takes")
+        await r.packets()
+        await connection.aclose()
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(r.channel.connect, 4)
+            assert [p.op for p in await r.packets(2)] == [wire.OP_RST, wire.OP_REQUEST]
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_process_forked_meanwhile_holds_nothing_up(rig: RigFactory) -> None:
+    async with rig() as r:
+        connection, port = await accepted(r)
+        (link,) = r.mux._links.values()
+        held = os.dup(link.fd)  # as in a child that has not called exec
+        r.driver.send(
+            Packet(wire.OP_RW, 7, port, payload=b"bye"),
+            Packet(wire.OP_SHUTDOWN, 7, port, flags=3),
+        )
+        with trio.fail_after(1):
+            assert await read_all(connection.stream) == b"bye"
+        again, _ = await accepted(r, 8)
+        os.close(held)
+        await again.aclose()
+        await connection.aclose()
 
 
 LIES = {
@@ -685,7 +720,7 @@ async def test_200_streams_at_once(rig: RigFactory) -> None:
             while r.mux._links:
                 await trio.sleep(0.001)
         assert not r.mux._by_fd
-        assert r.mux._granted == 0
+        assert r.mux._table._granted == 0
 
 
 async def test_source_arrives_whole(rig: RigFactory) -> None:
