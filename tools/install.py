@@ -263,8 +263,19 @@ def configuration(destination: Destination, installed: set[str]) -> str:
     return document.sample({"hypervisor.qemu": hypervisor})
 
 
+def check_python(python: str) -> None:
+    """Say what is missing before anything is touched."""
+    code = "import sys, pip; sys.exit(sys.version_info < (3, 11))"
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if "No module named" in done.stderr:
+        raise SystemExit(f"error: {python} has no pip: apt-get install python3-pip")
+    if done.returncode:
+        raise SystemExit(f"error: {python} does not run or is older than 3.11: {done.stderr}")
+
+
 def install(options: argparse.Namespace) -> None:
     """Put everything in place."""
+    check_python(options.python)
     began = time.monotonic()
     destination = Destination(options.prefix, options.destdir)
     destination.root.mkdir(parents=True, exist_ok=True)
