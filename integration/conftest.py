@@ -14,7 +14,7 @@ from integration.lib.containerd import DEBIAN, Containerd, Edition
 from integration.lib.go_tools import containerd_edition
 from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
-from integration.lib.leftovers import Leftovers
+from integration.lib.leftovers import left_by
 
 TREE = Path(__file__).resolve().parent.parent
 
@@ -68,11 +68,10 @@ def make_containerd(edition: Edition, prefix: Path) -> Containerd:
 @pytest.fixture
 def kata(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Kata]:
     """Runs containers of this test; whatever it leaves behind fails the test."""
-    before = Leftovers.of_host()
     kata = Kata(containerd)
     yield kata
     kata.close()
-    left = Leftovers.of_host().since(before)
+    left = left_by(kata.mark)
     assert not left, f"left behind: {left}"
 
 

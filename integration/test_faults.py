@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from integration.conftest import make_containerd
 from integration.lib.containerd import Containerd
 from integration.lib.kata import EventLog, Kata, wait_until
-from integration.lib.leftovers import Leftovers
+from integration.lib.leftovers import left_by
 
 LOST = 255
 SOON = 2.0  # seconds (DESIGN decision 12)
@@ -38,24 +37,11 @@ def kill_process(name: str) -> Callable[[Kata, str], None]:
     return fault
 
 
-def panic(kata: Kata, container_id: str) -> None:
-    """The guest's kernel panics: sysrq "c", written from a privileged container's /proc."""
-    kata.popen(
-        *("task", "exec", "--exec-id", "panic", container_id),
-        *("sh", "-c", "echo c > /sysrq"),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 @pytest.mark.parametrize(
     "fault", [kill_process("vmm"), kill_process("virtiofsd")], ids=["vmm", "virtiofsd"]
 )
 def test_a_lost_helper_ends_the_task(kata: Kata, events: EventLog, fault) -> None:
     container_id = kata.start("sleep", "1000")
-    waiter = kata.popen("task", "wait", container_id) if False else None
-    assert waiter is None
     fault(kata, container_id)
     wait_until(lambda: kata.status(container_id) == "STOPPED", SOON, "the task is stopped")
     wait_until(lambda: "/tasks/exit" in events.topics(container_id), SOON, "an exit event")
@@ -89,7 +75,7 @@ def test_a_killed_shim_leaves_nothing(kata: Kata, events: EventLog) -> None:
 
 def test_a_hung_guest_is_lost(kata: Kata) -> None:
     container_id = kata.start("sleep", "1000")
-    stop_vcpus(container_id)
+    os.kill(kata.pid_of(container_id, "vmm"), signal.SIGSTOP)
     wait_until(lambda: kata.status(container_id) == "STOPPED", HUNG + 2, "the task is stopped")
     assert kata.ctr("task", "rm", container_id, check=False).returncode == LOST
 
@@ -106,10 +92,9 @@ class TestContainerdAway:
 
     @pytest.fixture
     def daemon(self, edition, prefix) -> Iterator[Containerd]:
-        before = Leftovers.of_host()
         with make_containerd(edition, prefix) as containerd:
             yield containerd
-        left = Leftovers.of_host().since(before)
+        left = left_by(Kata.mark)
         assert not left, f"left behind: {left}"
 
     @pytest.mark.parametrize("kill", [False, True], ids=["restarted", "killed"])
@@ -153,15 +138,3 @@ def vm_runs(container_id: str) -> bool:
 
     pid = json.loads(text)["processes"].get("vmm", [0])[0]
     return pid > 0 and Path(f"/proc/{pid}").exists()
-
-
-def stop_vcpus(container_id: str) -> None:
-    """QMP `stop`: the VMM lives, its guest doesn't."""
-    with socket.socket(socket.AF_UNIX) as qmp:
-        qmp.connect(f"/run/vc/vm/{container_id}/extra-monitor.sock")
-        stream = qmp.makefile("rwb")
-        stream.readline()
-        for command in (b'{"execute":"qmp_capabilities"}', b'{"execute":"stop"}'):
-            stream.write(command + b"\n")
-            stream.flush()
-            stream.readline()

@@ -119,9 +119,7 @@ class Workbench:
         lines = self.execute(container_id, "sh", "-c", _FILES).splitlines()
         stamps = [(name, float(at)) for name, at in (line.split() for line in lines)]
         self.execute(container_id, "rmdir", "/d")
-        return {
-            name: after - at for (name, at), (_, after) in itertools.pairwise(stamps)
-        }
+        return {name: after - at for (name, at), (_, after) in itertools.pairwise(stamps)}
 
     def sequential(self, container_id: str) -> dict[str, float]:
         """MB/s of writing and then reading one file of 256 MiB."""

@@ -26,7 +26,12 @@ class Kata:
 
     Args:
         namespace: containerd's; one of the test's own keeps others out.
+
+    Attributes:
+        mark: is in the id of every container of this test run, and of no other.
     """
+
+    mark = f"t{os.getpid()}-"
 
     def __init__(self, containerd: Containerd, namespace: str = "default") -> None:
         self.containerd = containerd
@@ -35,7 +40,7 @@ class Kata:
 
     def new_id(self) -> str:
         """An id nobody else uses; its container is removed at the end."""
-        container_id = f"t{os.getpid()}-{next(_numbers)}"
+        container_id = f"{self.mark}{next(_numbers)}"
         self._ids.append(container_id)
         return container_id
 

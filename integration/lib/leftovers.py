@@ -1,86 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a sandbox could leave on the host: to be compared before and after."""
+"""What a test's sandboxes have left on the host.
+
+Everything of a sandbox carries its id, so others may run on the same host meanwhile.
+"""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+import socket
 from pathlib import Path
-from typing import Self
 
-_DIRECTORIES = (
+_STATE = (
     Path("/run/vc/vm"),
     Path("/run/vc/sbs"),
     Path("/run/kata-containers/shared/sandboxes"),
-    Path("/run/containerd/s"),
 )
-_PROGRAMS = ("qemu-system", "virtiofsd", "containerd-shim", "kata-shim")
+_SOCKETS = Path("/run/containerd/s")
 
 
-@dataclass(frozen=True)
-class Leftovers:
-    """Names of everything of ours on the host at one moment.
+def left_by(mark: str) -> dict[str, list[str]]:
+    """Processes, files, mounts and cgroups whose name holds `mark`; empty if there is nothing.
 
-    Attributes:
-        processes: pid and command of VMMs, virtiofsds and shims.
-        files: entries of the state directories and shim sockets.
-        mounts: mount points of this mount namespace.
-        cgroups: directories whose name marks them as a sandbox's.
-        interfaces: network interfaces of this network namespace.
-        loops: attached loop devices.
+    Shim sockets are named by a digest: one that nobody listens on is left by somebody.
     """
-
-    processes: frozenset[str]
-    files: frozenset[str]
-    mounts: frozenset[str]
-    cgroups: frozenset[str]
-    interfaces: frozenset[str]
-    loops: frozenset[str]
-
-    @classmethod
-    def of_host(cls) -> Self:
-        """What there is now."""
-        return cls(
-            frozenset(_processes()),
-            frozenset(str(p) for d in _DIRECTORIES if d.exists() for p in d.iterdir()),
-            frozenset(
-                line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()
-            ),
-            frozenset(_cgroups()),
-            frozenset(os.listdir("/sys/class/net")),
-            frozenset(
-                p.parent.parent.name for p in Path("/sys/block").glob("loop*/loop/backing_file")
-            ),
-        )
-
-    def since(self, before: Leftovers) -> dict[str, list[str]]:
-        """What is here now and was not then; empty if nothing is."""
-        found = {}
-        for field in fields(self):
-            new = getattr(self, field.name) - getattr(before, field.name)
-            if new:
-                found[field.name] = sorted(new)
-        return found
+    found = {
+        "processes": _processes(mark),
+        "files": [str(p) for d in _STATE if d.exists() for p in d.iterdir() if mark in p.name],
+        "sockets": [str(p) for p in _SOCKETS.iterdir() if _dead(p)] if _SOCKETS.exists() else [],
+        "mounts": [
+            line.split(" ")[4]
+            for line in Path("/proc/self/mountinfo").read_text().splitlines()
+            if mark in line
+        ],
+        "cgroups": [
+            os.path.join(root, name)
+            for root, names, _ in os.walk("/sys/fs/cgroup")
+            for name in names
+            if mark in name
+        ],
+        "loop devices": [
+            path.parent.parent.name
+            for path in Path("/sys/block").glob("loop*/loop/backing_file")
+            if mark in path.read_text()
+        ],
+    }
+    return {kind: names for kind, names in found.items() if names}
 
 
-def _processes() -> list[str]:
+def _processes(mark: str) -> list[str]:
     found = []
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            command = (entry / "cmdline").read_bytes().split(b"\0")
-            name = (entry / "comm").read_text().strip()
+            command = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            program = os.path.basename(command.split(" ", 1)[0])
         except OSError:
             continue
-        words = [name, *(os.path.basename(word.decode(errors="replace")) for word in command[:2])]
-        if any(word.startswith(_PROGRAMS) for word in words):
-            found.append(f"{entry.name} {name}")
+        if mark in command and program not in ("ctr", "pytest"):
+            found.append(f"{entry.name} {command[:120]}")
     return found
 
 
-def _cgroups() -> list[str]:
-    found = []
-    for root, directories, _ in os.walk("/sys/fs/cgroup"):
-        found += [os.path.join(root, d) for d in directories if "kata" in d]
-    return found
+def _dead(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+    return False
