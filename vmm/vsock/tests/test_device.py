@@ -447,6 +447,7 @@ async def test_a_process_forked_meanwhile_holds_nothing_up(rig: RigFactory) -> N
         )
         with trio.fail_after(1):
             assert await read_all(connection.stream) == b"bye"
+        assert (await r.packets())[0].op == wire.OP_RST
         again, _ = await accepted(r, 8)
         os.close(held)
         await again.aclose()
