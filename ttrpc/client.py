@@ -207,6 +207,7 @@ class Client:
         timeout_nano: int,
         metadata: Sequence[tuple[str, str]],
     ) -> ResponseReceived:
+        await trio.lowlevel.checkpoint_if_cancelled()
         if self._lost is not None or self._transport.backlog > HIGH_WATER:
             await self._check_ready()
         calls = self._calls

@@ -309,8 +309,6 @@ class _ServerConnection:
                 self._transport.flush(now=True)
                 if self._inboxes:
                     await self._wait_for_readers()
-                if self._transport.backlog > HIGH_WATER:
-                    await self._transport.wait_room()
                 data = await self._transport.receive()
                 if not data:
                     break
@@ -325,6 +323,12 @@ class _ServerConnection:
         """Handle the events that came. True: another task reads now, end this one."""
         self._dispatching = True
         for event in self._events:
+            if self._transport.backlog > HIGH_WATER:
+                # A few small requests can ask for gigabytes: their calls begin one by one.
+                self._dispatching = False
+                self._transport.flush(now=False)
+                await self._transport.wait_room()
+                self._dispatching = True
             if type(event) is RequestReceived:
                 call = self._accept(event)
                 if call is not None and await _run_here(call, self._hand_over):

@@ -137,8 +137,8 @@ class Transport:
             return bytes(await self._stream.receive_some(size))
         while True:
             # Mostly there is nothing yet, so unlike receive_some() this waits first.
-            await trio.lowlevel.wait_readable(self._socket)
             try:
+                await trio.lowlevel.wait_readable(self._socket)
                 return os.read(self._socket.fileno(), size)
             except BlockingIOError:
                 continue

@@ -48,6 +48,35 @@ async def test_a_client_that_does_not_read_stops_the_server() -> None:
     assert not server._connections
 
 
+async def test_small_requests_for_large_answers() -> None:
+    at_server, at_client = socket_streams()
+    server, echo = Server(), Echo()
+    made = 0
+
+    async def make(request: Int64Value, context: object) -> BytesValue:
+        nonlocal made
+        made += 1
+        return BytesValue(value=bytes(request.value))
+
+    echo.Make = make  # type: ignore[method-assign]
+    server.register(ECHO, echo)
+    client = Connection(Role.CLIENT)
+    for _ in range(1000):
+        client.send_request("pykata.test.Echo", "Make", Int64Value(value=MIB).SerializeToString())
+    with trio.fail_after(60):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.serve_stream, at_server)
+            await at_client.send_all(client.data_to_send())
+            await trio.testing.wait_all_tasks_blocked(0.2)
+            assert backlog_of(server) <= HIGH_WATER + 2 * MIB
+            assert made <= 10
+            answers = 0
+            while answers < 100:
+                answers += len(client.receive_data(await at_client.receive_some(MIB)))
+            assert made <= 100 + 10
+            await at_client.aclose()
+
+
 async def test_a_client_that_does_not_read_its_stream_stops_that_stream() -> None:
     at_server, at_client = socket_streams()
     server, echo = Server(), Echo()
@@ -218,3 +247,47 @@ async def test_frames_are_sent_together() -> None:
         nursery.cancel_scope.cancel()
     assert len(sent) == 1
     assert transport.backlog == 0
+
+
+async def test_a_cancelled_call_is_not_sent() -> None:
+    at_server, at_client = socket_streams()
+    with trio.fail_after(10):
+        async with Client(at_client) as client:
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await client.stub(ECHO).Echo(BytesValue())
+            assert client._connection.in_flight == 0
+        assert await at_server.receive_some() == b""
+    await at_server.aclose()
+
+
+async def test_calls_that_wait_and_calls_that_do_not_in_any_order() -> None:
+    """A call that waits keeps the task that read its request: reading has to go on."""
+    async with make_pair(*socket_streams()) as pair:
+        order: list[str] = []
+        release = trio.Event()
+
+        async def wait(request: StringValue, context: object) -> StringValue:
+            with trio.move_on_after(60):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(release.wait)
+            return request
+
+        pair.server._services[ECHO.full_name]["Sleep"].function = wait
+
+        async def call(number: int) -> None:
+            if number % 3:
+                await pair.stub.Echo(BytesValue(value=b"x"))
+                order.append("echo")
+            else:
+                await pair.stub.Sleep(StringValue(value="slow"), timeout=number % 2 * 20 or None)
+                order.append("wait")
+
+        async with trio.open_nursery() as nursery:
+            for number in range(60):
+                nursery.start_soon(call, number)
+            while len(order) < 40:
+                await trio.testing.wait_all_tasks_blocked(0.01)
+            assert set(order) == {"echo"}
+            release.set()
+        assert order[40:] == ["wait"] * 20
