@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from agent.api import agent_pb2
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MAX_ID = 1 << 31
 
 
 def copy_file(request: agent_pb2.CopyFileRequest, root: str = SHARE) -> None:
