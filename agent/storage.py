@@ -251,6 +251,8 @@ class Storages:
     def _plain(
         self, source: str, fstype: str, options: list[str], point: str, entry: _Entry
     ) -> None:
+        if fstype != "bind":  # runtimes pass a volume's OCI options on, where these two are usual
+            options = [option for option in options if option not in ("bind", "rbind")]
         entry.made = _make_mount_point(point, source if fstype == "bind" else "")
         mounts.mount(source, point, fstype, options)
         entry.mounted = True

@@ -39,7 +39,7 @@ def test_tmpfs_options_are_honoured(tmp_path: Path, namespaces: Run) -> None:
             driver="ephemeral",
             source="shm",
             fstype="tmpfs",
-            options=["noexec", "nosuid", "nodev", "mode=1777", "size=65536k", "fsgid=77"],
+            options=["rbind", "noexec", "nosuid", "nodev", "mode=1777", "size=65536k", "fsgid=77"],
             mount_point=point,
         )
         status = os.stat(point)
