@@ -45,7 +45,7 @@ def key(description: Description) -> str:
             files.append((extra.target, extra.source))
     modes = [[extra.target, extra.mode] for extra in description.files]
     agent = description.agent
-    options = [agent.entry, agent.packages, agent.lazy, agent.keep_sources, modes]
+    options = [agent.entry, agent.packages, agent.keep_sources, modes]
     return digest.of_value(
         [
             digest.of_tree(files),

@@ -34,7 +34,6 @@ class Agent:
     path: Path
     packages: tuple[str, ...] = ("agent", "ttrpc")
     entry: str = "agent.main:main"
-    lazy: tuple[str, ...] = ()
     keep_sources: bool = True
 
 
@@ -142,7 +141,6 @@ class _Reader:
             path=self._host_path(found.get("path"), "agent.path"),
             packages=self._texts(found.get("packages", list(Agent.packages)), "agent.packages"),
             entry=self._text(found.get("entry", Agent.entry), "agent.entry"),
-            lazy=self._texts(found.get("lazy", []), "agent.lazy"),
             keep_sources=self._flag(found.get("keep_sources", True), "agent.keep_sources"),
         )
         if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", agent.entry):

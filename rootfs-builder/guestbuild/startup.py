@@ -45,7 +45,7 @@ def write(target: Path, agent: Agent) -> int:
             shutil.copyfile(_PROGRAMS / program, scratch / program)
         words = [
             *(root.LIBRARY, "/tmp/startup/loader.py", _FILE, agent.entry),
-            *(",".join(agent.packages), ",".join(agent.lazy)),
+            ",".join(agent.packages),
         ]
         output = run([*root.interpreter(target), "/tmp/startup/collect.py", *words])
     finally:

@@ -13,23 +13,17 @@ import pytest
 
 PROGRAMS = Path(__file__).resolve().parent.parent / "guestbuild/guest"
 MAIN = """\
-import app.used, app.idle
-from app import slow
+import app.used
 import json
 def main():
     import app.later
     print(app.used.NAME, app.later.NAME, app.used.__file__, sorted(app.__path__))
-    print("idle" in RUN, "slow" in RUN)
-    print(slow.double(4), "slow" in RUN, slow.RUN is RUN)
     print(json.dumps([1]))
-from app.used import RUN
 """
 FILES = {
     "app/__init__.py": "",
     "app/main.py": MAIN,
-    "app/used.py": "NAME = 'used'\nRUN = []\n",
-    "app/idle.py": "from app.used import RUN\nRUN.append('idle')\n",
-    "app/slow.py": "from app.used import RUN\nRUN.append('slow')\ndef double(n): return 2 * n\n",
+    "app/used.py": "NAME = 'used'\n",
     "app/later.py": "NAME = 'later'\n",
     "app/hostonly.py": "import a_module_that_is_nowhere\n",
 }
@@ -48,7 +42,6 @@ def collect(tmp_path: Path, *, entry: str = "app.main:main", main: str = MAIN) -
         tmp_path / "agent.bin",
         entry,
         "app",
-        "app.idle,app.slow",
     ]
     python = [sys.executable, "-sSP", PROGRAMS / "collect.py"]
     subprocess.run([*python, *map(str, words)], check=True, capture_output=True)
@@ -73,8 +66,6 @@ def test_the_agent_runs_out_of_the_file(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "library")
     assert start(file).splitlines() == [
         f"used later {origin} ['{origin.parent}']",
-        "False False",
-        "8 True True",
         "[1]",
     ]
 

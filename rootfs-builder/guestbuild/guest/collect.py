@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs once, when an image is built, by the guest's Python: writes the file that PID 1 starts from.
 
-Arguments: the library's folder, the loader's source, the result, MODULE:FUNCTION, a comma-separated
-list of the agent's packages, and one of patterns of modules that run on first use. The file begins
-with a marshalled (loader's code, names that it runs with), and goes on with the modules' bytecode.
+Arguments: the library's folder, the loader's source, the result, MODULE:FUNCTION and a
+comma-separated list of the agent's packages. The file begins with a marshalled (loader's code, names
+that it runs with), and goes on with the modules' bytecode.
 """
 
-import fnmatch
 import marshal
 import os
 import sys
 
-library, loader, result, entry, packages, patterns = sys.argv[1:]
+library, loader, result, entry, packages = sys.argv[1:]
 with open(loader, encoding="utf-8") as source:
     loader_code = compile(source.read(), "loader.py", "exec", dont_inherit=True, optimize=2)
 sys.path.append(library)
@@ -35,7 +34,6 @@ if protobuf is not None and protobuf.Type() == "python":
 
 chunks: "list[bytes]" = []
 index: "dict[str, tuple[bool, str, int, int]]" = {}
-lazy: "list[str]" = []
 length = 0
 for name, found in list(sys.modules.items()):
     spec = getattr(found, "__spec__", None)
@@ -44,10 +42,6 @@ for name, found in list(sys.modules.items()):
     is_package = spec.submodule_search_locations is not None
     with open(spec.cached, "rb") as compiled:
         code = compiled.read()[16:]  # magic, flags and hash of the source come first
-    if not is_package and any(
-        fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split(",")
-    ):
-        lazy.append(name)
     index[name] = (is_package, spec.origin, length, len(code))
     chunks.append(code)
     length += len(code)
@@ -61,7 +55,6 @@ def head(start: int) -> bytes:
     }
     names = {
         "INDEX": places,
-        "LAZY": frozenset(lazy),
         "FILE": result,
         "LIBRARY": library,
         "ENTRY": (module, function),

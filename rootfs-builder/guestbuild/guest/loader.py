@@ -3,8 +3,7 @@
 
 The usual importer looks through folders and checks times for each module, in Python code that an
 emulated guest runs slowly. The index tells where in the file the bytecode of each known module
-lies; anything else is found in the usual way. Modules of a given list run only when something of
-them is used: protobuf imports its own implementation in pure Python, and uses the one in C.
+lies; anything else is found in the usual way. See startup.py for how this is put together.
 """
 
 import posix
@@ -16,7 +15,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
-    from typing import Any
 
 
 class Loader:
@@ -24,7 +22,6 @@ class Loader:
 
     # Name: is a package, path of the source, place and length in the file.
     index: "dict[str, tuple[bool, str, int, int]]" = globals()["INDEX"]
-    lazy: "frozenset[str]" = globals()["LAZY"]
     path: str = globals()["FILE"]
 
     @classmethod
@@ -47,19 +44,6 @@ class Loader:
 
     @classmethod
     def exec_module(cls, module: "ModuleType") -> None:
-        if module.__name__ not in cls.lazy:
-            cls.run(module)
-            return
-
-        def first_use(name: str) -> "Any":
-            if module.__dict__.pop("__getattr__", None) is not None:
-                cls.run(module)
-            return getattr(module, name)
-
-        module.__dict__["__getattr__"] = first_use
-
-    @classmethod
-    def run(cls, module: "ModuleType") -> None:
         _, _, offset, length = cls.index[module.__name__]
         file = posix.open(cls.path, posix.O_RDONLY | posix.O_CLOEXEC)
         try:
