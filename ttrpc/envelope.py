@@ -8,18 +8,18 @@ a message and out again. Field numbers: request.proto of containerd/ttrpc, googl
 
 from __future__ import annotations
 
-from collections import namedtuple
-from functools import lru_cache
-
-TYPE_CHECKING = False  # importing typing costs the guest agent milliseconds
+TYPE_CHECKING = False  # the guest agent imports this: no typing, functools or collections here
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import NamedTuple
 
     from google.protobuf.any_pb2 import Any
 
     # What is decoded from: slices of either become bytes without a second copy.
     Buffer = bytes | memoryview
+    # service, method, payload, timeout_nano (0: none, negative: already over), metadata
+    Request = tuple[str, str, bytes, int, list[tuple[str, str]]]
+    # payload, code, message, details (serialized google.protobuf.Any messages)
+    Response = tuple[bytes, int, str, list[bytes]]
 
 MAX_METADATA = 1024
 """Pairs in a request. A frame of empty pairs would else become 100 MB of tuples."""
@@ -32,30 +32,6 @@ _INT64_MAX = (1 << 63) - 1
 
 class EnvelopeError(ValueError):
     """The bytes of a frame are no such message."""
-
-
-if TYPE_CHECKING:
-
-    class Request(NamedTuple):
-        """A request as decoded. timeout_nano: nanoseconds, 0 for none, negative if already over."""
-
-        service: str
-        method: str
-        payload: bytes
-        timeout_nano: int
-        metadata: list[tuple[str, str]]
-
-    class Response(NamedTuple):
-        """A response as decoded. details: serialized google.protobuf.Any messages."""
-
-        payload: bytes
-        code: int
-        message: str
-        details: list[bytes]
-
-else:
-    Request = namedtuple("Request", "service method payload timeout_nano metadata")
-    Response = namedtuple("Response", "payload code message details")
 
 
 def varint(number: int) -> bytes:
@@ -74,13 +50,21 @@ def _field(tag: int, value: bytes) -> bytes:
     return bytes((tag,)) + varint(len(value)) + value
 
 
-@lru_cache(maxsize=1024)
+_routes: dict[tuple[str, str], bytes] = {}
+_MAX_ROUTES = 1024
+
+
 def _route(service: str, method: str) -> bytes:
+    known = _routes.get((service, method))
+    if known is not None:
+        return known
     out = b""
     if service:
         out += _field(0x0A, service.encode())
     if method:
         out += _field(0x12, method.encode())
+    if len(_routes) < _MAX_ROUTES:
+        _routes[service, method] = out
     return out
 
 
@@ -208,7 +192,7 @@ def decode_request(data: Buffer, pos: int, end: int) -> Request:
         else:
             tag, pos = _read_varint(data, pos, end)
             pos = _skip(tag, data, pos, end)
-    return Request(service, method, payload, timeout, metadata)
+    return service, method, payload, timeout, metadata
 
 
 def _decode_pair(data: Buffer, pos: int, end: int) -> tuple[str, str]:
@@ -248,7 +232,7 @@ def decode_response(data: Buffer, pos: int, end: int) -> Response:
         else:
             tag, pos = _read_varint(data, pos, end)
             pos = _skip(tag, data, pos, end)
-    return Response(payload, code, message, details)
+    return payload, code, message, details
 
 
 def _decode_status(data: Buffer, pos: int, end: int) -> tuple[int, str, list[bytes]]:

@@ -15,7 +15,6 @@ Whoever does the I/O bounds the queue to the peer by not reading while `queued` 
 
 from __future__ import annotations
 
-import enum
 from struct import Struct
 
 from ttrpc.envelope import (
@@ -28,9 +27,10 @@ from ttrpc.envelope import (
 )
 from ttrpc.errors import Code, ConnectionLost, ProtocolError, RpcError
 
-TYPE_CHECKING = False  # importing typing costs the guest agent milliseconds
+TYPE_CHECKING = False  # the guest agent imports this: no typing, enum or dataclasses here
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from typing import ClassVar
 
     from google.protobuf.any_pb2 import Any
 
@@ -56,11 +56,17 @@ _LAST_STREAM_ID = (1 << 32) - 1
 _MAX_STATUS_TEXT = 64 << 10
 
 
-class Role(enum.Enum):
-    """Which end of the connection this is."""
+class Role:
+    """Which end of the connection this is: Role.CLIENT or Role.SERVER."""
 
-    CLIENT = "client"
-    SERVER = "server"
+    CLIENT: ClassVar[Role]
+    SERVER: ClassVar[Role]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+Role.CLIENT, Role.SERVER = Role("client"), Role("server")
 
 
 class _Event:
