@@ -14,6 +14,7 @@ from pathlib import Path
 
 import trio
 
+from vmm.errors import VmmConfigError
 from vmm.hypervisor import VsockDevice
 from vmm.vsock import vhost_user as vu
 from vmm.vsock.backend import Backend, Ring
@@ -65,6 +66,8 @@ class VhostUserChannel(VsockChannel):
     One task serves the device: it waits for one epoll descriptor and does a bounded slice of
     work for each wake-up.  Another one talks vhost-user with the VMM.
 
+    Entering it raises VmmConfigError if the socket can't be made.
+
     Args:
         path: unix socket to listen on (made with mode 0600, removed at the end).
         cid: the guest's.  Every VM has a device of its own, so they may all have the same.
@@ -97,7 +100,10 @@ class VhostUserChannel(VsockChannel):
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             listener.setblocking(False)
-            listener.bind(os.fspath(self._path))
+            try:
+                listener.bind(os.fspath(self._path))
+            except OSError as error:  # too long, in use, no directory
+                raise VmmConfigError(f"vsock socket {self._path}: {error}") from error
             try:
                 self._path.chmod(0o600)
                 listener.listen(1)

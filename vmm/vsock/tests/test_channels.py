@@ -76,6 +76,18 @@ async def test_the_blocks_own_error_comes_out_unwrapped(tmp_path: Path) -> None:
     assert not (tmp_path / "vsock.sock").exists()
 
 
+async def test_a_socket_that_can_not_be_made(tmp_path: Path) -> None:
+    for path in (tmp_path / "none" / "x", tmp_path / ("x" * 120)):
+        with pytest.raises(VmmConfigError, match=path.name):
+            async with VhostUserChannel(path):
+                pass
+    (tmp_path / "mine").write_text("not yours")
+    with pytest.raises(VmmConfigError, match="in use"):
+        async with VhostUserChannel(tmp_path / "mine"):
+            pass
+    assert (tmp_path / "mine").read_text() == "not yours"
+
+
 # --- the kernel's vhost-vsock, with the kernel played by the test ------------------------------
 
 
