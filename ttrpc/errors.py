@@ -5,13 +5,18 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # the guest agent imports this: typing and enum would cost it 50 ms
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from typing import ClassVar
 
     from google.protobuf.any_pb2 import Any
 
 
-class Code(int):
+class _Iterable(type):
+    def __iter__(cls) -> Iterator[Code]:
+        return iter(_CODES.values())
+
+
+class Code(int, metaclass=_Iterable):
     """The status codes of gRPC, which ttrpc shares: integers that have names."""
 
     name: str

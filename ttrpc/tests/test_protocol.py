@@ -183,7 +183,7 @@ def test_bytes_may_come_in_any_pieces(sizes: list[int], steps: list[int]) -> Non
     assert pieces.missing == 0
 
 
-@given(st.lists(st.binary(max_size=100), max_size=20), st.sampled_from(list(Role)))
+@given(st.lists(st.binary(max_size=100), max_size=20), st.sampled_from([Role.CLIENT, Role.SERVER]))
 def test_any_bytes_are_taken_or_a_protocol_error(chunks: list[bytes], role: Role) -> None:
     connection = Connection(role, max_message=1000)
     if role is Role.CLIENT:
