@@ -7,7 +7,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -60,7 +59,7 @@ def claim_cid(fd: int, ioctl: Ioctl = fcntl.ioctl) -> int:
         UnsupportedError: the kernel does not take the request.
     """
     for _ in range(_TRIES):
-        cid = FIRST_CID + secrets.randbelow(_LAST_CID - FIRST_CID)
+        cid = FIRST_CID + int.from_bytes(os.urandom(4), "little") % (_LAST_CID - FIRST_CID)
         try:
             ioctl(fd, VHOST_VSOCK_SET_GUEST_CID, struct.pack("=Q", cid))
         except OSError as error:
