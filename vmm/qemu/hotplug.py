@@ -7,9 +7,9 @@ from typing import Any
 
 import trio
 
-from vmm.errors import CapacityError, VmmConfigError, VmmError
+from vmm.errors import CapacityError, UnsupportedError, VmmConfigError, VmmError
 from vmm.hypervisor import VmConfig
-from vmm.qemu import memory
+from vmm.qemu import memory, pci
 from vmm.qemu.devices import Parts
 from vmm.qemu.qmp import Event
 from vmm.qemu.qmp_client import QmpClient, QmpError
@@ -73,12 +73,17 @@ class Plugger:
 
         Raises:
             VmmConfigError: no such device.
+            UnsupportedError: it was there at boot.
             VmmError: the guest refused, or did not answer in time; the device is still there.
         """
         async with self._lock:
             parts = self._plugged.get(device_id)
             if parts is None:
                 raise VmmConfigError(f"there is no device {device_id!r} in this VM")
+            if parts.device["bus"] == pci.ROOT_BUS:
+                raise UnsupportedError(
+                    f"device {device_id!r} was there at boot, on the root bus: it stays"
+                )
             if not await self._delete_device(parts.device["id"], UNPLUG_TIMEOUT):
                 raise VmmError(
                     f"the guest did not release device {device_id!r} within {UNPLUG_TIMEOUT:g} s"

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from typing import Any
 import pytest
 import trio
 
-from vmm.errors import CapacityError, VmmConfigError, VmmError, VmmGoneError
+from vmm.errors import CapacityError, UnsupportedError, VmmConfigError, VmmError, VmmGoneError
 from vmm.hypervisor import (
     Accelerator,
     BalloonDevice,
@@ -159,6 +162,44 @@ async def test_refused_device_leaves_nothing(
         where = await vm.add_device(BlockDevice("n0", path, readonly=True))
         assert where.pci_path == "02/01"
         assert len(await vm._control.execute("query-named-block-nodes")) == len(nodes) + 2
+
+
+@pytest.fixture
+def taps() -> Iterator[list[int]]:
+    """Two taps that vanish with their descriptors."""
+    if not Path("/dev/net/tun").exists():
+        pytest.skip("needs /dev/net/tun")
+    fds = []
+    for number in range(2):
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+        name = f"vmmtest{number}".encode()
+        # linux/if_tun.h: TUNSETIFF with IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+        fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", name, 0x0002 | 0x1000 | 0x4000))
+        fds.append(fd)
+    yield fds
+    for fd in fds:
+        os.close(fd)
+
+
+async def test_network_cards(vm_config: VmConfig, boot: Any, taps: list[int]) -> None:
+    first = NetDevice("first", "02:00:00:00:00:01", (taps[0],))
+    second = NetDevice("second", "02:00:00:00:00:02", (taps[1],))
+    async with boot(vm_config, first) as (vm, shell):
+        assert (await shell.run("busybox cat /sys/class/net/eth0/address"))[1] == first.mac
+        assert (await vm.add_device(second)).pci_path == "02/01"
+        script = (
+            "while [ ! -d /sys/class/net/eth1 ]; do busybox usleep 10000; done; "
+            "busybox cat /sys/class/net/eth1/address; busybox readlink -f /sys/class/net/eth1"
+        )
+        address, path = (await shell.run(script))[1].split("\n")
+        assert address == second.mac
+        assert "/0000:00:02.0/" in path
+        await vm.remove_device("second")
+        assert (await shell.run("test -d /sys/class/net/eth1"))[0] == 1
+        with pytest.raises(UnsupportedError, match="first"):
+            await vm.remove_device("first")
+        fds = Path(f"/proc/{vm.pid}/fd")
+        assert [os.readlink(fd) for fd in fds.iterdir()].count("/dev/net/tun") == 1
 
 
 async def test_serial_port_and_balloon(vm_config: VmConfig, boot: Any) -> None:
@@ -305,15 +346,22 @@ async def test_start_of_another_program(vm_config: VmConfig) -> None:
 
 
 async def test_cancelled_start_leaves_nothing(vm_config: VmConfig) -> None:
-    pids = []
-    with trio.move_on_after(0.05):
-        async with Qemu(vm_config) as vm:
-            await vm.prepare()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(vm.start)
+    async with trio.open_nursery() as nursery:
+
+        async def owner() -> None:
+            async with Qemu(vm_config) as vm:
+                await vm.prepare()
+                nursery.start_soon(watch, vm)
+                await vm.start()
+
+        async def watch(vm: Qemu) -> None:
+            while vm._process is None or not vm._process.started:
                 await trio.lowlevel.checkpoint()
-                pids.append(vm._process.pid)  # type: ignore[union-attr]
-    assert pids
+            nursery.cancel_scope.cancel()
+            pids.append(vm.pid)
+
+        pids: list[int] = []
+        nursery.start_soon(owner)
     assert not alive(pids[0])
 
 
