@@ -7,10 +7,12 @@ modules together in one file that the guest reads at once.
 
 from __future__ import annotations
 
+import gc
 import os
 
 from agent import upb
 
+gc.disable()  # until all is loaded: there is no garbage before
 upb.install()
 
 from agent import cmdline, init, log  # noqa: E402
@@ -40,6 +42,8 @@ def main() -> None:
         agent = Agent(config)
         agent.open_ports()
         log.info("listening", address=config.server_addr)
+        gc.freeze()
+        gc.enable()
         agent.loop.after(0, agent.settle)
         agent.loop.run()
     except BaseException as error:

@@ -29,7 +29,7 @@ def install() -> bool:
     try:
         import google.protobuf.internal as internal
         from google import protobuf
-        from google._upb import _message  # type: ignore[import-not-found]
+        from google._upb import _message
         from google.protobuf.internal import enum_type_wrapper
         from google.protobuf.message import Message
     except ImportError:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from agent.api import agent_pb2 as pb
 from ttrpc.errors import Code, RpcError

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from agent.api import agent_pb2 as pb
 from ttrpc.errors import Code, RpcError
@@ -194,25 +195,32 @@ async def test_no_terminal_to_resize(guest: Any) -> None:
     assert caught.value.code == Code.UNAVAILABLE
 
 
+async def read_when_free(call: Any, **more: Any) -> bytes:
+    """ReadStdout, as soon as the agent has seen that an earlier reader is gone."""
+    with trio.fail_after(20):
+        while True:
+            try:
+                request = pb.ReadStreamRequest(container_id="c1", len=9)
+                return bytes((await call.ReadStdout(request, **more)).data)
+            except RpcError as error:
+                if error.code != Code.FAILED_PRECONDITION:
+                    raise
+                await trio.sleep(0.02)
+
+
 async def test_a_dead_reader_takes_no_bytes(guest: Any) -> None:
     await guest.run("c1", "cat")
     async with guest.another() as call:
         with pytest.raises(RpcError) as caught:
             await call.ReadStdout(pb.ReadStreamRequest(container_id="c1", len=9), timeout=0.2)
         assert caught.value.code == Code.DEADLINE_EXCEEDED
-        with trio.move_on_after(0.2):
-            await call.ReadStdout(pb.ReadStreamRequest(container_id="c1", len=9))
-    await guest.call.WriteStdin(pb.WriteStreamRequest(container_id="c1", data=b"x"), timeout=20)
-    request = pb.ReadStreamRequest(container_id="c1", len=9)
-    with trio.fail_after(20):
-        while True:
-            try:
-                reply = await guest.call.ReadStdout(request, timeout=20)
-                break
-            except RpcError as error:  # the agent has yet to see that the other one left
-                assert error.code == Code.FAILED_PRECONDITION
-                await trio.sleep(0.02)
-    assert reply.data == b"x"
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_when_free, call)
+            await trio.testing.wait_all_tasks_blocked(0.3)
+            nursery.cancel_scope.cancel()
+    write = pb.WriteStreamRequest(container_id="c1", data=b"x")
+    await guest.call.WriteStdin(write, timeout=20)
+    assert await read_when_free(guest.call, timeout=20) == b"x"
 
 
 async def test_a_stream_that_never_comes(guest: Any) -> None:
