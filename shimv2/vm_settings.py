@@ -37,7 +37,7 @@ def vm_config(config: Config, sandbox_id: str, placement: Placement) -> VmConfig
         binary=hypervisor.path,
         kernel=hypervisor.kernel,
         image=hypervisor.image,
-        initrd=hypervisor.initrd,
+        initrd=hypervisor.initrd or hypervisor.modules_initrd,
         rootfs_type=hypervisor.rootfs_type,
         kernel_params=_kernel_params(config),
         machine_type=hypervisor.machine_type,

@@ -61,7 +61,9 @@ class VmConfig:
             it (0700) and removes it.  Keep it short: a unix socket path ends at 107 bytes.
         binary: the VMM program.
         kernel: ELF ``vmlinux`` (PVH) or bzImage.
-        image: read-only root disk (root is its partition 1), exclusive with `initrd`.
+        image: read-only root disk (root is its partition 1).
+        initrd: the root itself if there is no `image`, else what loads the kernel's modules
+            and then mounts the image.
         kernel_params: appended last, so they win over the driver's own.
         max_vcpus, max_memory_mib, memory_slots: how far hot-plug may go.
         shared_memory: guest memory can be mapped by vhost-user devices.

@@ -109,8 +109,8 @@ class Qemu(Hypervisor):
         if not os.access(config.binary, os.X_OK):
             raise VmmConfigError(f"QEMU {config.binary} is not executable")
         kernel.detect_format(config.kernel)
-        if (config.image is None) == (config.initrd is None):
-            raise VmmConfigError("either an image or an initrd is needed, and not both")
+        if config.image is None and config.initrd is None:
+            raise VmmConfigError("a guest image or an initrd is needed")
         for what, path in (
             ("guest image", config.image),
             ("initrd", config.initrd),
