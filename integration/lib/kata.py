@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,17 @@ class Kata:
         )
         return container_id
 
+    @contextlib.contextmanager
+    def pod(self) -> Iterator[Pod]:
+        """A sandbox with a pause container, as CRI makes one; gone with its members after."""
+        pod_id = self.start("sleep", "1", flags=_annotations("sandbox", ""))
+        pod = Pod(self, pod_id)
+        try:
+            yield pod
+        finally:
+            for member in [*pod.members, pod_id]:
+                self.remove(member)
+
     def execute(
         self, container_id: str, *command: str, flags: tuple[str, ...] = (), **more: Any
     ) -> Result:
@@ -121,6 +133,35 @@ class Kata:
                 self.ctr("task", "rm", "-f", container_id, check=False)
             if container_id in containers:
                 self.ctr("container", "rm", container_id, check=False)
+
+
+class Pod:
+    """Containers in one VM.
+
+    Attributes:
+        id: of the sandbox and its pause container.
+        vmm_pid: as it was at the start.
+    """
+
+    def __init__(self, kata: Kata, pod_id: str) -> None:
+        self.id = pod_id
+        self.members: list[str] = []
+        self.vmm_pid = kata.pid_of(pod_id, "vmm")
+        self._kata = kata
+
+    def start(self, *command: str, flags: tuple[str | Path, ...] = ()) -> str:
+        """A further container; returns its id."""
+        annotations = _annotations("container", self.id)
+        container_id = self._kata.start(*command, flags=(*annotations, *flags))
+        self.members.append(container_id)
+        return container_id
+
+
+def _annotations(kind: str, sandbox_id: str) -> tuple[str, ...]:
+    flags: tuple[str, ...] = ("--annotation", f"io.kubernetes.cri.container-type={kind}")
+    if sandbox_id:
+        flags += ("--annotation", f"io.kubernetes.cri.sandbox-id={sandbox_id}")
+    return flags
 
 
 def wait_until(condition: Callable[[], Any], limit: float, what: str) -> float:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small static C programs for what a shell can't do: mmap, many descriptors, file locks."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from pathlib import Path
+
+from integration.lib.images import cache_dir
+
+SHARED_MMAP = r"""
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+/* A child writes through a shared mapping of a file; the parent and read(2) must see it. */
+int main(int argc, char **argv) {
+    int fd = open(argv[1], O_RDWR | O_CREAT | O_TRUNC, 0644);
+    if (fd < 0 || ftruncate(fd, 8192)) { perror(argv[1]); return 1; }
+    char *map = mmap(0, 8192, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (map == MAP_FAILED) { perror("mmap"); return 2; }
+    if (!fork()) { strcpy(map + 4096, "seen"); _exit(msync(map, 8192, MS_SYNC) != 0); }
+    int status; wait(&status);
+    char buffer[5] = {0};
+    if (status || strcmp(map + 4096, "seen")) { puts("mapping differs"); return 3; }
+    if (pread(fd, buffer, 4, 4096) != 4 || strcmp(buffer, "seen")) { puts("file differs"); return 4; }
+    puts("same");
+    return 0;
+}
+"""
+
+OPEN_FILES = r"""
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+/* Holds so many files open at once, each of its own. */
+int main(int argc, char **argv) {
+    int count = atoi(argv[2]);
+    char path[256];
+    struct rlimit limit = {count + 100, count + 100};
+    if (setrlimit(RLIMIT_NOFILE, &limit)) { perror("setrlimit"); return 1; }
+    for (int i = 0; i < count; i++) {
+        snprintf(path, sizeof path, "%s/f%d", argv[1], i);
+        if (open(path, O_RDWR | O_CREAT, 0644) < 0) { perror(path); printf("%d\n", i); return 2; }
+    }
+    printf("%d\n", count);
+    return 0;
+}
+"""
+
+
+def build(name: str, source: str) -> Path:
+    """The static program; built once and kept.
+
+    Raises:
+        RuntimeError: the compiler's complaint.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = cache_dir() / "programs" / f"{name}-{digest}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(
+            ["cc", "-O1", "-static", "-x", "c", "-", "-o", path.with_suffix(".new")],
+            input=source,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"cc: {done.stderr}")
+        path.with_suffix(".new").rename(path)
+    return path
