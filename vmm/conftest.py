@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +18,7 @@ import trio
 from vmm.hypervisor import ConsoleDevice, Device, VmConfig
 from vmm.qemu import Qemu
 
-QEMU = Path("/usr/bin/qemu-system-x86_64")
+QEMU = Path(os.environ.get("PYKATA_TEST_QEMU", "/usr/bin/qemu-system-x86_64"))
 GUEST = Path(__file__).parents[1] / "build" / "guest"
 
 BOOT_TIMEOUT = 40.0

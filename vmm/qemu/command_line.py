@@ -124,7 +124,8 @@ def _accelerator(boot: Boot) -> str:
 
 
 def _cpu(boot: Boot) -> str:
-    model = "host" if boot.accelerator is Accelerator.KVM else "max"
+    # With ERMS the guest's kernel copies by `rep movsb`, which TCG executes byte by byte.
+    model = "host" if boot.accelerator is Accelerator.KVM else "max,-erms"
     features = boot.config.cpu_features.strip(",")
     return f"{model},{features}" if features else model
 
