@@ -70,7 +70,7 @@ def test_variants() -> None:
     assert options(build(accelerator=Accelerator.KVM), "-accel") == ["kvm"]
     assert options(build(accelerator=Accelerator.KVM), "-cpu") == ["host"]
     config = replace(CONFIG, cpu_features="pmu=off", seccomp="off", max_memory_mib=2048)
-    assert options(build(config), "-cpu") == ["max,pmu=off"]
+    assert options(build(config), "-cpu") == ["max,-erms,pmu=off"]
     assert options(build(config), "-sandbox") == ["off"]
     assert options(build(config), "-m") == ["2048M"]
     assert "-S" in build(incoming=True)
