@@ -128,7 +128,12 @@ class Qemu(Hypervisor):
         self._make_state_dir()
 
     async def start(self) -> None:
-        await self._launch()
+        memory_fd = memory.make_file(self.config)
+        try:
+            await self._launch(memory_fd, incoming=False)
+        finally:
+            if memory_fd is not None:
+                os.close(memory_fd)
 
     async def wait(self) -> VmExit:
         await self._exited.wait()
@@ -225,12 +230,14 @@ class Qemu(Hypervisor):
     async def save(self, directory: Path) -> None:
         if not self.capabilities.save_restore:
             raise UnsupportedError("only a VM with shared memory and without hugepages is saved")
+        if self._hot.memory_mib != self.config.memory_mib:
+            raise UnsupportedError("a VM whose memory has grown cannot be saved")
         await snapshot.save(self._control, self.pid, directory)
 
     async def restore(self, directory: Path) -> None:
         memory_fd = await snapshot.load_memory(directory, self.config.memory_mib)
         try:
-            await self._launch(memory_fd=memory_fd)
+            await self._launch(memory_fd, incoming=True)
         finally:
             os.close(memory_fd)
         try:
@@ -253,7 +260,7 @@ class Qemu(Hypervisor):
             raise VmmGoneError("QEMU is not running")
         return self._plugger
 
-    async def _launch(self, memory_fd: int | None = None) -> None:
+    async def _launch(self, memory_fd: int | None, *, incoming: bool) -> None:
         if self._nursery is None or self._accelerator is None:
             raise VmmError("start() needs the async with block and prepare() before it")
         if self._process is not None:
@@ -274,7 +281,7 @@ class Qemu(Hypervisor):
             qmp_fd=theirs.fileno(),
             firmware=self.config.firmware or _find_firmware(self.config.binary),
             memory_fd=memory_fd,
-            incoming=memory_fd is not None,
+            incoming=incoming,
             madt=self._write_madt(),
         )
         if memory_fd is not None:

@@ -34,7 +34,7 @@ class Plugger:
         self._lock = trio.Lock()
         self._plugged: dict[str, Parts] = {}
         self._unplugging: dict[str, _Unplug] = {}
-        self._memory_mib = config.memory_mib
+        self.memory_mib = config.memory_mib
         self._dimms = 0
 
     def register(self, device_id: str, parts: Parts) -> None:
@@ -116,18 +116,18 @@ class Plugger:
 
     async def resize_memory(self, mib: int) -> int:
         async with self._lock:
-            more = memory.growth(self._memory_mib, mib)
+            more = memory.growth(self.memory_mib, mib)
             if more == 0:
-                return self._memory_mib
+                return self.memory_mib
             most = self._config.max_memory_mib
-            if not memory.can_grow(self._config) or self._memory_mib + more > most:
+            if not memory.can_grow(self._config) or self.memory_mib + more > most:
                 raise CapacityError(f"{mib} MiB of memory asked for, this VM ends at {most} MiB")
             if self._dimms >= self._config.memory_slots:
                 raise CapacityError(
                     f"no memory slot left: all {self._config.memory_slots} are taken"
                 )
             await self._add_dimm(more)
-            return self._memory_mib
+            return self.memory_mib
 
     async def _add_dimm(self, mib: int) -> None:
         name = f"{memory.DIMM_ID_PREFIX}{self._dimms}"
@@ -143,7 +143,7 @@ class Plugger:
             await self._qmp.execute("object-del", {"id": backend})
             raise
         self._dimms += 1
-        self._memory_mib += mib
+        self.memory_mib += mib
 
     async def _create(self, parts: Parts, undo: list[tuple[str, dict[str, Any]]]) -> None:
         for item in parts.objects:

@@ -11,7 +11,7 @@ from vmm.errors import VmmConfigError
 from vmm.hypervisor import VmConfig
 
 MEMORY_ID = "memory"
-MEMFD_NAME = "memory-backend-memfd"  # what QEMU calls the file it makes
+MEMFD_NAME = "guest-memory"
 
 BLOCK_MIB = 128
 """Linux on x86-64 brings memory online in blocks of this size (arch/x86/include/asm/sparsemem.h)."""
@@ -44,7 +44,8 @@ def backend(
     leaves no memory behind.
 
     Args:
-        file_fd: an open memory file to use as it is (a restored VM), by its number in QEMU.
+        file_fd: an open memory file to use as it is, by its number in QEMU.  To QEMU it is a
+            named file: from version 8 on x-ignore-shared leaves out no others.
     """
     size = mib << 20
     arguments: dict[str, Any]
@@ -68,6 +69,15 @@ def backend(
     if config.mem_prealloc:
         arguments["prealloc"] = True
     return {"id": object_id, "size": size, **arguments}
+
+
+def make_file(config: VmConfig) -> int | None:
+    """An empty anonymous file for all of the boot memory, or None where QEMU makes its own."""
+    if config.hugepages or not config.shared_memory:
+        return None
+    fd = os.memfd_create(MEMFD_NAME)
+    os.ftruncate(fd, config.memory_mib << 20)
+    return fd
 
 
 def growth(current_mib: int, wanted_mib: int) -> int:

@@ -39,13 +39,14 @@ async def save(qmp: QmpClient, pid: int, directory: Path) -> None:
     if source is None:
         raise VmmError("the guest's memory is not a file that could be saved")
     try:
+        # Memory first, as in a migration: saving the rest may touch pages, and fill holes.
+        with source.open("rb") as memory_file, _open_new(directory / MEMORY_FILE) as target:
+            await trio.to_thread.run_sync(memory.copy_sparse, memory_file.fileno(), target.fileno())
         await _capability(qmp)
         with _open_new(directory / STATE_FILE) as state:
             await qmp.execute("getfd", {"fdname": _FD_NAME}, fds=(state.fileno(),))
         await qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
         await _await_migration(qmp)
-        with source.open("rb") as memory_file, _open_new(directory / MEMORY_FILE) as target:
-            await trio.to_thread.run_sync(memory.copy_sparse, memory_file.fileno(), target.fileno())
     except OSError as error:
         raise VmmError(f"cannot save to {directory}: {error.strerror}") from error
 
