@@ -45,7 +45,7 @@ def test_a_lost_helper_ends_the_task(kata: Kata, events: EventLog, fault) -> Non
     fault(kata, container_id)
     wait_until(lambda: kata.status(container_id) == "STOPPED", SOON, "the task is stopped")
     wait_until(lambda: "/tasks/exit" in events.topics(container_id), SOON, "an exit event")
-    assert kata.ctr("task", "rm", container_id, check=False).returncode == LOST
+    assert kata.delete(container_id) == LOST
     kata.ctr("container", "rm", container_id)
 
 
@@ -77,7 +77,7 @@ def test_a_hung_guest_is_lost(kata: Kata) -> None:
     container_id = kata.start("sleep", "1000")
     os.kill(kata.pid_of(container_id, "vmm"), signal.SIGSTOP)
     wait_until(lambda: kata.status(container_id) == "STOPPED", HUNG + 2, "the task is stopped")
-    assert kata.ctr("task", "rm", container_id, check=False).returncode == LOST
+    assert kata.delete(container_id) == LOST
 
 
 def test_a_hung_guest_can_be_killed_at_once(kata: Kata) -> None:
@@ -114,7 +114,7 @@ class TestContainerdAway:
         wait_until(lambda: not vm_runs(container_id), 30, "the container has ended")
         daemon.start()
         assert kata.status(container_id) == "STOPPED"
-        assert kata.ctr("task", "rm", container_id, check=False).returncode == 5
+        assert kata.delete(container_id) == 5
         kata.close()
 
     def test_a_shim_that_died_meanwhile_is_cleaned_up(self, daemon: Containerd) -> None:

@@ -32,7 +32,7 @@ def test_the_exit_of_a_member_does_not_end_the_pod(kata: Kata) -> None:
     with kata.pod() as pod:
         one = pod.start("sh", "-c", "exit 4")
         wait_until(lambda: kata.status(one) == "STOPPED", 20, "it has ended")
-        assert kata.ctr("task", "rm", one, check=False).returncode == 4
+        assert kata.delete(one) == 4
         two = pod.start("sleep", "1000")
         assert kata.execute(two, "echo", "here").stdout == "here\n"
 

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -108,6 +109,12 @@ class Kata:
                 return status
         return ""
 
+    def delete(self, container_id: str) -> int:
+        """`ctr task rm` of a stopped task; returns the exit status that it tells."""
+        done = self.ctr("task", "rm", container_id)
+        match = re.search(r"non-zero exit code (\d+)", done.stderr)
+        return int(match[1]) if match else 0
+
     def remove(self, container_id: str) -> None:
         """Remove task and container, whatever their state."""
         self.ctr("task", "rm", "-f", container_id, check=False)
@@ -197,7 +204,7 @@ class EventLog:
     def topics(self, container_id: str) -> list[str]:
         """Topics of the task events of one container, in order."""
         return [
-            line.split()[6]
+            line.split()[5]
             for line in list(self.lines)
             if container_id in line and "/tasks/" in line
         ]
