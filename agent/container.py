@@ -101,7 +101,7 @@ class Container:
         self.execs[process.exec_id] = process
         path = self._sandbox.new_path("json")
         try:
-            _write_json(path, spec.to_json(oci))
+            _write_json(path, spec.process_spec(oci))
             yield from self._start_process(process, ["exec", "--detach", "--process", path])
         except BaseException:
             del self.execs[process.exec_id]

@@ -47,10 +47,12 @@ class Sandbox:
         self._oom_events: deque[str] = deque(maxlen=_OOM_QUEUE)
         self._oom_readers: deque[Future] = deque()
         self._paths = 0
+        self._hooks = ""
         os.makedirs(_WORK, mode=0o700, exist_ok=True)
 
     def create(self, request: agent_pb2.CreateSandboxRequest) -> Generator[Any, Any, None]:
         """Host name, DNS and the storages of the pod."""
+        self._hooks = request.guest_hook_path
         if request.hostname:
             init.set_hostname(request.hostname)
         for module in request.kernel_modules:
@@ -91,6 +93,8 @@ class Sandbox:
                 yield from devices.attach_devices(request.devices, oci, self.config.hotplug_timeout)
             _set_sysctls(spec.shared_sysctls(oci))
             document = spec.runtime_spec(oci, self._pid_namespace(request.sandbox_pidns))
+            if self._hooks:
+                spec.add_hooks(document, self._hooks)
             ports = Ports(request.stdin_port, request.stdout_port, request.stderr_port)
             yield from process.prepare(self.streams, ports, self.config.container_pipe_size)
             yield from container.create(document)

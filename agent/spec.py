@@ -7,6 +7,8 @@ field with its zero value is left out, unless runtime-spec requires it.
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -35,6 +37,10 @@ _SKIPPED = {"Username", "Solaris", "Windows"}
 _SHARED_SYSCTLS = ("net.", "fs.mqueue.", "kernel.msg", "kernel.sem", "kernel.shm")
 _SHARED_SYSCTL_NAMES = ("kernel.hostname", "kernel.domainname")
 
+_APPARMOR = "/sys/module/apparmor"
+_SELINUX = "/sys/fs/selinux/enforce"
+_HOOK_KINDS = ("prestart", "poststart", "poststop")
+
 _names: dict[str, str] = {}
 
 
@@ -57,6 +63,33 @@ def to_json(message: Any) -> dict[str, Any]:
     return out
 
 
+def process_spec(process: oci_pb2.Process) -> dict[str, Any]:
+    """A process for crun, without labels of security modules that this kernel doesn't have."""
+    document = to_json(process)
+    if not os.path.exists(_APPARMOR):
+        document.pop("apparmorProfile", None)
+    if not os.path.exists(_SELINUX):
+        document.pop("selinuxLabel", None)
+    return document
+
+
+def add_hooks(document: dict[str, Any], directory: str) -> None:
+    """Append the image's own hooks: executables in DIRECTORY/{prestart,poststart,poststop}."""
+    for kind in _HOOK_KINDS:
+        try:
+            names = sorted(os.listdir(f"{directory}/{kind}"))
+        except OSError:
+            continue
+        paths = [f"{directory}/{kind}/{name}" for name in names]
+        found = [
+            {"path": path, "args": [path]}
+            for path in paths
+            if os.path.isfile(path) and os.access(path, os.X_OK)
+        ]
+        if found:
+            document.setdefault("hooks", {}).setdefault(kind, []).extend(found)
+
+
 def runtime_spec(spec: oci_pb2.Spec, pid_namespace: str | None) -> dict[str, Any]:
     """config.json of a container in the sandbox.
 
@@ -64,6 +97,7 @@ def runtime_spec(spec: oci_pb2.Spec, pid_namespace: str | None) -> dict[str, Any
         pid_namespace: path of one to join, or None for one of its own.
     """
     document = to_json(spec)
+    document["process"] = process_spec(spec.Process)
     document["ociVersion"] = OCI_VERSION
     # The network, uts and ipc namespaces are the VM's own and shared by all its containers.
     document.pop("hostname", None)
@@ -83,8 +117,10 @@ def runtime_spec(spec: oci_pb2.Spec, pid_namespace: str | None) -> dict[str, Any
     }
     resources = linux.get("resources")
     if resources is not None:
-        # Devices are the VM's; which of them a container sees is said by its own list.
-        resources.pop("network", None)
+        resources.pop("network", None)  # of version 1's controllers for traffic marks
+    linux.pop("intelRdt", None)
+    if not os.path.exists(_SELINUX):
+        linux.pop("mountLabel", None)
     return document
 
 
