@@ -37,7 +37,7 @@ class SerialPort:
         if any(events & select.POLLHUP for _, events in poll.poll(0)):
             self._loop.after(_INTERVAL, self._await_host)
         else:
-            self._server.serve(self._fd, on_close=self._closed)
+            self._server.serve(self._fd, on_close=self._closed, clients_follow=True)
 
     def _closed(self) -> None:
         self._loop.after(_INTERVAL, self._open)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _CHUNK = 64 << 10
 _LARGE_CHUNK = 1 << 20
+_FIRST_REQUEST = b"\0\0\0\1\1"  # stream id 1, type request, as in a frame's header after its length
 _BACKLOG = 8 << 20  # bytes of answers waiting: above this no more requests are read
 
 
@@ -53,22 +54,35 @@ class Server:
 
         self._loop.watch(listener.fileno(), READ, accept)
 
-    def serve(self, fd: int, *, on_close: Callable[[], None] | None = None) -> None:
-        """Serve one stream by its descriptor, which is closed in the end."""
+    def serve(
+        self, fd: int, *, on_close: Callable[[], None] | None = None, clients_follow: bool = False
+    ) -> None:
+        """Serve one stream by its descriptor, which is closed in the end.
+
+        Args:
+            clients_follow: on a serial line one client may follow another without any sign but
+                that its stream ids begin anew.
+        """
         os.set_blocking(fd, False)
-        _Client(self._loop, self._service, fd, on_close)
+        _Client(self._loop, self._service, fd, on_close, clients_follow)
 
 
 class _Client:
     """One connection."""
 
     def __init__(
-        self, loop: Loop, service: Service, fd: int, on_close: Callable[[], None] | None
+        self,
+        loop: Loop,
+        service: Service,
+        fd: int,
+        on_close: Callable[[], None] | None,
+        clients_follow: bool,
     ) -> None:
         self._loop = loop
         self._service = service
         self._fd = fd
         self._on_close = on_close
+        self._clients_follow = clients_follow
         self._connection = Connection(Role.SERVER)
         self._waiting: dict[int, Task] = {}
         self._out = memoryview(b"")
@@ -91,6 +105,9 @@ class _Client:
         if not data:
             self._close()
             return
+        if self._clients_follow and not self._connection.missing and data[4:9] == _FIRST_REQUEST:
+            self._connection = Connection(Role.SERVER)
+            self._give_up_waiting()
         try:
             for event in self._connection.receive_data(data):
                 if isinstance(event, RequestReceived):
@@ -129,12 +146,14 @@ class _Client:
     ) -> None:
         timer: Timer | None = None
 
+        connection = self._connection
+
         def finished(future: Future) -> None:
-            self._waiting.pop(event.stream_id, None)
             if timer is not None:
                 timer.cancel()
-            if self._fd < 0:
+            if self._fd < 0 or connection is not self._connection:
                 return  # nobody is there to be answered
+            self._waiting.pop(event.stream_id, None)
             if future.error is not None:
                 self._answer_error(event, future.error)
             else:
@@ -187,12 +206,16 @@ class _Client:
             self._watched = wanted
             self._loop.watch(self._fd, wanted, self._ready)
 
+    def _give_up_waiting(self) -> None:
+        """A dead reader must not take what the next one is to get."""
+        for task in self._waiting.values():
+            task.cancel()
+        self._waiting.clear()
+
     def _close(self) -> None:
         self._loop.unwatch(self._fd)
         os.close(self._fd)
         self._fd = -1
-        for task in self._waiting.values():
-            task.cancel()  # a dead reader must not take what the next one is to get
-        self._waiting.clear()
+        self._give_up_waiting()
         if self._on_close is not None:
             self._on_close()
