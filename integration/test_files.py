@@ -82,8 +82,9 @@ def test_shared_mmap(kata: Kata, volume: Path) -> None:
 def test_ten_thousand_open_files(kata: Kata, volume: Path) -> None:
     program = programs.build("open-files", programs.OPEN_FILES)
     flags = (*bind(program, "/open-files", "rbind:ro"), *bind(volume, "/v"))
-    assert kata.run("/open-files", "/v", "10000", flags=flags).stdout == "10000\n"
-    assert len(list(volume.iterdir())) == 10_000
+    # virtiofsd holds a descriptor for each open file and each name; its hard limit may be 20,000.
+    assert kata.run("/open-files", "/v", "10000", "4000", flags=flags).stdout == "10000\n"
+    assert len(list(volume.iterdir())) == 4000
 
 
 def test_modes_times_and_holes(kata: Kata, volume: Path) -> None:

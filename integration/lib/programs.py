@@ -37,14 +37,14 @@ OPEN_FILES = r"""
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/resource.h>
-/* Holds so many files open at once, each of its own. */
+/* Holds so many open files at once, of so many names. */
 int main(int argc, char **argv) {
-    int count = atoi(argv[2]);
+    int count = atoi(argv[2]), names = atoi(argv[3]);
     char path[256];
     struct rlimit limit = {count + 100, count + 100};
     if (setrlimit(RLIMIT_NOFILE, &limit)) { perror("setrlimit"); return 1; }
     for (int i = 0; i < count; i++) {
-        snprintf(path, sizeof path, "%s/f%d", argv[1], i);
+        snprintf(path, sizeof path, "%s/f%d", argv[1], i % names);
         if (open(path, O_RDWR | O_CREAT, 0644) < 0) { perror(path); printf("%d\n", i); return 2; }
     }
     printf("%d\n", count);
