@@ -230,18 +230,14 @@ class Guest:
         """A stream for each stdio: raw vsock, else by RPC (DESIGN decision 6)."""
         streams = ProcessStreams()
         if self._raw_streams:
-            try:
-                if stdin:
-                    streams.stdin = SocketWriter(await self._connect_stream())
-                streams.stdout = SocketReader(await self._connect_stream())
-                if stderr:
-                    streams.stderr = SocketReader(await self._connect_stream())
+            found = await self._connect_streams(1 + stdin + stderr)
+            if found:
+                streams.stdout = SocketReader(found.pop())
+                streams.stdin = SocketWriter(found.pop()) if stdin else None
+                streams.stderr = SocketReader(found.pop()) if stderr else None
                 return streams
-            except VsockRefused:
-                await streams.aclose()
-                log.info("the agent has no raw streams: stdio goes by RPC")
-                self._raw_streams = False
-                streams = ProcessStreams()
+            log.info("the agent has no raw streams: stdio goes by RPC")
+            self._raw_streams = False
         if stdin:
             streams.stdin = RpcWriter(self.call, container_id, exec_id)
         streams.stdout = RpcReader(self._read, "ReadStdout", container_id, exec_id)
@@ -249,9 +245,24 @@ class Guest:
             streams.stderr = RpcReader(self._read, "ReadStderr", container_id, exec_id)
         return streams
 
-    async def _connect_stream(self) -> VsockConnection:
+    async def _connect_streams(self, count: int) -> list[VsockConnection]:
+        """So many connections to the stream port, made at the same time; none if it is closed."""
         assert self._channel is not None
-        return await self._channel.connect(STREAM_PORT)
+        channel = self._channel
+        found: list[VsockConnection] = []
+
+        async def connect() -> None:
+            with contextlib.suppress(VsockRefused):
+                found.append(await channel.connect(STREAM_PORT))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(count):
+                nursery.start_soon(connect)
+        if len(found) < count:
+            for connection in found:
+                await connection.aclose()
+            return []
+        return found
 
     async def _read(self, method: str, request: Message) -> Any:
         # Waits as long as the process is silent, so it has no deadline.
