@@ -81,7 +81,10 @@ def test_shared_mmap(kata: Kata, volume: Path) -> None:
 
 def test_ten_thousand_open_files(kata: Kata, volume: Path) -> None:
     program = programs.build("open-files", programs.OPEN_FILES)
-    flags = (*bind(program, "/open-files", "rbind:ro"), *bind(volume, "/v"))
+    flags = (
+        *("--cap-add", "CAP_SYS_RESOURCE"),
+        *(*bind(program, "/open-files", "rbind:ro"), *bind(volume, "/v")),
+    )
     # virtiofsd holds a descriptor for each open file and each name; its hard limit may be 20,000.
     assert kata.run("/open-files", "/v", "10000", "4000", flags=flags).stdout == "10000\n"
     assert len(list(volume.iterdir())) == 4000

@@ -17,7 +17,7 @@ def unpack_busybox(directory: Path) -> Path:
     rootfs = directory / "rootfs"
     rootfs.mkdir(parents=True)
     with tarfile.open(fileobj=io.BytesIO(busybox_layer())) as tar:
-        tar.extractall(rootfs, filter="tar")
+        tar.extractall(rootfs)
     return rootfs
 
 

@@ -109,7 +109,9 @@ class Containerd:
         return self._process.pid
 
     def start(self) -> None:
-        """Start the daemon and wait until it serves."""
+        """Start the daemon, unless it runs, and wait until it serves."""
+        if self._process is not None:
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         config = self.directory / "config.toml"
         config.write_text(self._config())

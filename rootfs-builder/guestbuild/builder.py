@@ -53,7 +53,10 @@ class Builder:
             BuildError: Any step failed; what was in the output folder stays as it was.
         """
         self._cache.mkdir(parents=True, exist_ok=True)
-        with locked(self._cache, f"kernel-{self._options.kernel}", self._progress):
+        with locked(self._cache, "kernel", self._progress):
+            # A build that was killed leaves its objects, half a gigabyte.
+            for left in (self._cache / "work").glob("*"):
+                shutil.rmtree(left, ignore_errors=True)
             built = self._kernel()
         with locked(self._cache, "root", self._progress):
             return self._root(built)
