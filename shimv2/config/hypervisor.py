@@ -65,7 +65,7 @@ class HypervisorConfig(Section):
         "an initrd that loads the kernel's modules and then mounts the image; not needed by a "
         "kernel with its drivers built in",
         own=True,
-        support=NO,
+        sample=True,
     )
     rootfs_type: str = key(
         "ext4",
