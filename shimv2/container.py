@@ -78,9 +78,11 @@ class Container:
         shared = share_mounts(self.spec, share, self.id)
         for reason in shared.skipped:
             log.warning("mount left out: %s", reason)
+        self._sandbox.timeline.mark("rootfs-shared")
         guest = await life.guest()
         await self._run_hooks(HookKind.PRESTART, HookKind.CREATE_RUNTIME)
         streams = await self.init.open_streams(guest, self._sandbox.nursery)
+        self._sandbox.timeline.mark("streams-open")
         try:
             converted = guest_spec(
                 self.spec,

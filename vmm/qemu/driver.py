@@ -79,6 +79,7 @@ class Qemu(Hypervisor):
         self._panicked = False
         self._exit: VmExit | None = None
         self._exited = trio.Event()
+        self._supervised = trio.Event()  # `_supervise` is over, also by being cancelled
         self._nursery_manager = trio.open_nursery()
         self._nursery: trio.Nursery | None = None
 
@@ -146,7 +147,7 @@ class Qemu(Hypervisor):
             if self._process is not None and self._process.started:
                 await self._process.kill()
                 with trio.move_on_after(1):  # the last events tell why it ended
-                    await self._exited.wait()
+                    await self._supervised.wait()
                 self._record_exit(self._process)
         self._clean_up()
 
@@ -338,6 +339,7 @@ class Qemu(Hypervisor):
         finally:
             if process.ended:
                 self._record_exit(process)
+            self._supervised.set()
 
     def _record_exit(self, process: HelperProcess) -> None:
         if self._exit is None:
