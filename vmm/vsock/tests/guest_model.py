@@ -18,6 +18,7 @@ import struct
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vmm.vsock import vhost_user as vu
 from vmm.vsock import wire
@@ -249,7 +250,8 @@ class RingDriver:
         """Returns the index at which the ring stood."""
         self.request(vu.SET_VRING_ENABLE, struct.pack("<II", index, 0))
         state = self.request(vu.GET_VRING_BASE, struct.pack("<II", index, 0), reply=True)
-        return struct.unpack("<II", state)[1]
+        stood: int = struct.unpack("<II", state)[1]
+        return stood
 
     # --- packets ---------------------------------------------------------------------------
 
@@ -338,7 +340,7 @@ class GuestSocket:
     pending: deque[bytes] = field(default_factory=deque)
     to_send: int = 0  # bytes that a source still makes
     made: int = 0
-    digest: object = field(default_factory=hashlib.sha256)
+    digest: Any = field(default_factory=hashlib.sha256)
     command: bytes = b""
     ended: bool = False  # we have said that we send no more
     end_wanted: bool = False
@@ -374,8 +376,8 @@ class Guest:
             self._send()
             more = driver.rx.want_call() | driver.tx.want_call()
 
-    def wait(self, timeout: float) -> None:
-        fds = [self.driver.rx.call_fd, self.driver.tx.call_fd]
+    def wait(self, timeout: float | None) -> None:
+        fds: list[Any] = [self.driver.rx.call_fd, self.driver.tx.call_fd]
         for fd in select.select([*fds, self.driver.session], [], [], timeout)[0]:
             if fd in fds:
                 os.eventfd_read(fd)
