@@ -103,14 +103,12 @@ class TestSecurity:
     def test_capabilities_user_and_groups(self, runner: Runner) -> None:
         process = {"user": {"uid": 1000, "gid": 100, "additionalGids": [7, 8]}}
         out = runner.run("sh", "-c", "id; grep CapBnd /proc/self/status", process=process).stdout
-        assert "uid=1000(user) gid=100(users) groups=7,8,100(users)" in out.replace(
-            "groups=100(users),7,8", "groups=7,8,100(users)"
-        )
+        assert "uid=1000(user) gid=100(users) groups=7,8\n" in out
         assert out.split()[-1] == f"{1 << 0 | 1 << 5 | 1 << 10:016x}"
 
     def test_read_only_root_masked_and_read_only_paths(self, runner: Runner) -> None:
-        linux = {"maskedPaths": ["/proc/kcore"], "readonlyPaths": ["/proc/sys"]}
-        script = "echo x > /new; echo 1 > /proc/sys/kernel/panic; wc -c < /proc/kcore"
+        linux = {"maskedPaths": ["/proc/interrupts"], "readonlyPaths": ["/proc/sys"]}
+        script = "echo x > /new; echo 1 > /proc/sys/kernel/panic; wc -c < /proc/interrupts"
         root = {"path": str(runner.rootfs), "readonly": True}
         done = runner.run("sh", "-c", script, linux=linux, root=root, check=False)
         assert done.stderr.count("Read-only file system") == 2
