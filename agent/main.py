@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from agent.cmdline import AgentConfig
 
 _BACKLOG = 256
+_STREAM_BUFFER = 1 << 20  # bytes
+_SO_VM_SOCKETS_BUFFER_SIZE = 0  # linux/vm_sockets.h
+_SO_VM_SOCKETS_BUFFER_MAX_SIZE = 2
 _WATCH_INTERVAL = 2.0  # seconds between looks at watched directories, as Kata's agent does
 
 
@@ -99,7 +102,9 @@ class Agent:
             return
         self.server.listen(_vsock_listener(int(rest.rpartition(":")[2])))
         if config.passfd_listener_port:
-            self.streams.listen(_vsock_listener(config.passfd_listener_port))
+            listener = _vsock_listener(config.passfd_listener_port)
+            _widen(listener)
+            self.streams.listen(listener)
         if config.debug_console and config.debug_console_vport:
             from agent import debug_console
 
@@ -148,6 +153,15 @@ def _vsock_listener(port: int) -> Any:
     import _socket
 
     return _listener(_socket.AF_VSOCK, (_socket.VMADDR_CID_ANY, port))
+
+
+def _widen(listener: Any) -> None:
+    """Let each accepted stream have more in flight; Linux caps that at the sender's own buffer."""
+    import _socket
+
+    size = _STREAM_BUFFER.to_bytes(8, "little")
+    for option in (_SO_VM_SOCKETS_BUFFER_MAX_SIZE, _SO_VM_SOCKETS_BUFFER_SIZE):
+        listener.setsockopt(_socket.AF_VSOCK, option, size)
 
 
 def _unix_listener(path: str) -> Any:

@@ -75,6 +75,17 @@ def kata(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Kat
     assert not left, f"left behind: {left}"
 
 
+@pytest.fixture
+def with_console(prefix: Path, tmp_path: Path) -> Path:
+    """The installed configuration with the debug console on."""
+    installed = prefix / "share/defaults/kata-containers/configuration.toml"
+    copy = tmp_path / "configuration.toml"
+    copy.write_text(installed.read_text())
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d/console.toml").write_text("[agent.kata]\ndebug_console_enabled = true\n")
+    return copy
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "prefix" in getattr(item, "fixturenames", ()):

@@ -49,6 +49,49 @@ def test_a_lost_helper_ends_the_task(kata: Kata, events: EventLog, fault) -> Non
     kata.ctr("container", "rm", container_id)
 
 
+def in_guest(prefix: Path, container_id: str, script: str) -> None:
+    """Run a script as root of the guest, by the debug console; it may not come back."""
+    subprocess.run(
+        [prefix / "bin/kata-runtime", "exec", container_id],
+        input=script.encode(),
+        capture_output=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_a_panic_of_the_guest_s_kernel_ends_the_task(
+    kata: Kata, events: EventLog, prefix: Path, with_console: Path
+) -> None:
+    container_id = kata.start("sleep", "1000", flags=("--runtime-config-path", with_console))
+    in_guest(prefix, container_id, "echo c > /proc/sysrq-trigger\n")
+    wait_until(lambda: kata.status(container_id) == "STOPPED", SOON + 2, "the task is stopped")
+    wait_until(lambda: "/tasks/exit" in events.topics(container_id), SOON, "an exit event")
+    assert kata.delete(container_id) == LOST
+
+
+def test_a_full_disk_of_the_host_stops_the_log_and_not_the_container(
+    kata: Kata, tmp_path: Path
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=True)
+    try:
+        container_id = kata.start(
+            *("sh", "-c", "seq 1 2000000; echo end > /ended; sleep 1000"),
+            flags=("--log-uri", f"file://{disk}/log"),
+        )
+        wait_until(
+            lambda: kata.execute(container_id, "test", "-e", "/ended", check=False).returncode == 0,
+            60,
+            "the container wrote all it had",
+        )
+        assert (disk / "log").stat().st_size > 900_000
+        kata.remove(container_id)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def test_an_exec_ends_with_its_lost_vm(kata: Kata) -> None:
     container_id = kata.start("sleep", "1000")
     process = kata.popen(

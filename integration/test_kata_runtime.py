@@ -17,17 +17,6 @@ def kata_runtime(prefix: Path) -> Path:
     return prefix / "bin/kata-runtime"
 
 
-@pytest.fixture
-def with_console(prefix: Path, tmp_path: Path) -> Path:
-    """The installed configuration with the debug console on."""
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    copy = tmp_path / "configuration.toml"
-    copy.write_text(installed.read_text())
-    (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d/console.toml").write_text("[agent.kata]\ndebug_console_enabled = true\n")
-    return copy
-
-
 def test_check_and_env_agree_with_what_runs(kata_runtime: Path, prefix: Path) -> None:
     check = subprocess.run([kata_runtime, "check", "--json"], capture_output=True, check=True)
     assert json.loads(check.stdout)["able"] is True

@@ -8,6 +8,7 @@ import os
 import platform
 import signal
 import subprocess
+import time
 
 import pytest
 
@@ -82,6 +83,39 @@ def test_a_container_that_writes_while_nobody_reads_waits(kata: Kata) -> None:
     assert kata.status(container_id) == "RUNNING"
     done = kata.ctr("task", "attach", container_id)
     assert len(done.stdout) == 64 << 20
+
+
+def test_a_client_may_leave_and_another_attach(kata: Kata) -> None:
+    script = "while read line; do echo got $line; done"
+    process = kata.popen(
+        *("run", "--runtime", RUNTIME, BUSYBOX_REFERENCE, (container_id := kata.new_id())),
+        *("sh", "-c", script),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write(b"one\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == b"got one\n"
+    process.kill()
+    process.wait()
+    assert kata.status(container_id) == "RUNNING"
+    with kata.popen(
+        "task", "attach", container_id, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as again:
+        assert again.stdin is not None and again.stdout is not None
+        again.stdin.write(b"two\n")
+        again.stdin.flush()
+        assert again.stdout.readline() == b"got two\n"
+        again.kill()
+    assert kata.status(container_id) == "RUNNING"
+
+
+def test_the_guest_s_clock_is_the_host_s(kata: Kata) -> None:
+    container_id = kata.start("sleep", "1000")
+    before = time.time()
+    guest = int(kata.execute(container_id, "date", "+%s").stdout)
+    assert before - 1.1 <= guest <= time.time() + 0.1
 
 
 class TestExec:
