@@ -21,7 +21,7 @@ TESTED  := $(ROOMS) rootfs-builder tools
 export PATH := $(CACHE)/go/toolchain/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports \
+.PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports deps-test \
         unit integration test go bench proto docs clean
 .DELETE_ON_ERROR:
 
@@ -67,7 +67,10 @@ $(VENV)/.made: pyproject.toml
 go:
 	@tools/go.sh "$(CACHE)"
 
-test: deps go venv guest ## all checks and all tests, those with VMs and containerd included
+deps-test:
+	@PYTHON=$(PYTHON) tools/deps.sh $(KERNEL) test
+
+test: deps-test go venv guest ## all checks and all tests, those with VMs and containerd included
 	@$(MAKE) --no-print-directory lint typecheck imports unit
 	@$(MAKE) --no-print-directory integration
 

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs the Debian packages that building, running and testing need, and only those missing.
-# usage: tools/deps.sh [build|debian]     (which guest kernel)
+# usage: tools/deps.sh [build|debian] [test]     (which guest kernel; for the tests too)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +15,13 @@ packages=(
   busybox-static        # the container image of make run
   iproute2 mount procps ca-certificates
 )
+
+if [ "${2:-}" = test ]; then
+  packages+=(
+    crun            # the agent's tests run it on the host
+    gcc libc6-dev   # small programs that the tests run in containers
+  )
+fi
 
 installed() { [ "$(dpkg-query -W -f '${db:Status-Status}' "$1" 2>/dev/null)" = installed ]; }
 
