@@ -159,9 +159,8 @@ def _widen(listener: Any) -> None:
     """Let each accepted stream have more in flight; Linux caps that at the sender's own buffer."""
     import _socket
 
-    size = _STREAM_BUFFER.to_bytes(8, "little")
     for option in (_SO_VM_SOCKETS_BUFFER_MAX_SIZE, _SO_VM_SOCKETS_BUFFER_SIZE):
-        listener.setsockopt(_socket.AF_VSOCK, option, size)
+        listener.setsockopt(_socket.AF_VSOCK, option, _STREAM_BUFFER)  # 64 bits, as vsock wants
 
 
 def _unix_listener(path: str) -> Any:
