@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What containerd and a shim's ``start`` say to each other, without protobuf.
+"""What containerd and a shim's ``start`` and ``delete`` say to each other, without protobuf.
 
-``start`` has to answer fast, so the two small messages are read and written by hand
-(protobuf costs more to import than to do without here).  Field numbers:
-``shimv2/api/bootstrap.proto``.
+Both have to answer fast, so the small messages are read and written by hand (protobuf costs
+more to import than all the rest).  Field numbers: ``shimv2/api/bootstrap.proto`` and
+``task_v2.proto``.
 """
 
 from __future__ import annotations
@@ -130,6 +130,23 @@ def answer(address: str, *, rich: bool, json_answer: bool) -> bytes:
     if json_answer:
         return b'{"version":3,"address":"%s","protocol":"ttrpc"}' % address.encode()
     return address.encode()
+
+
+def delete_response(pid: int, exit_status: int, now: int) -> bytes:
+    """A serialized containerd.task.v2.DeleteResponse.
+
+    Args:
+        now: nanoseconds since the epoch.
+    """
+    seconds, nanos = divmod(now, 1_000_000_000)
+    stamp = b"\x08" + _varint(seconds) + b"\x10" + _varint(nanos)  # 1 seconds, 2 nanos
+    return b"".join(
+        (
+            b"\x08" + _varint(pid),  # 1 pid
+            b"\x10" + _varint(exit_status),  # 2 exit_status
+            b"\x1a" + _varint(len(stamp)) + stamp,  # 3 exited_at
+        )
+    )
 
 
 def socket_path(grpc_address: str, namespace: str, group: str, directory: str = "") -> str:

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from shimv2.bootstrap import delete_response
 from shimv2.cli import group_of
 from shimv2.state import SandboxRecord, remove_sandbox
 
@@ -37,12 +38,4 @@ def delete(container_id: str, namespace: str, bundle: str) -> bytes:
         from shimv2.mounts import umount_detached
 
         umount_detached(rootfs)
-    return _response(pid, time.time_ns())
-
-
-def _response(pid: int, now: int) -> bytes:
-    from shimv2.api import task_v2_pb2
-
-    answer = task_v2_pb2.DeleteResponse(pid=pid, exit_status=KILLED_STATUS)
-    answer.exited_at.FromNanoseconds(now)
-    return answer.SerializeToString()
+    return delete_response(pid, KILLED_STATUS, time.time_ns())

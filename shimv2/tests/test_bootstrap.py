@@ -7,7 +7,7 @@ import pytest
 from google.protobuf import any_pb2
 
 from shimv2 import bootstrap
-from shimv2.api import bootstrap_pb2, runc_options_pb2, runtime_options_pb2
+from shimv2.api import bootstrap_pb2, runc_options_pb2, runtime_options_pb2, task_v2_pb2
 
 
 def packed(message, kind: str) -> bytes:
@@ -85,3 +85,10 @@ def test_socket_path_is_the_digest_of_address_namespace_group():
     digest = hashlib.sha256(b"/run/c.sock/ns/pod").hexdigest()
     assert bootstrap.socket_path("/run/c.sock", "ns", "pod") == f"/run/containerd/s/{digest}"
     assert bootstrap.socket_path("/run/c.sock", "ns", "pod", "/d") == f"/d/{digest}"
+
+
+def test_a_delete_response_is_one():
+    now = 1_700_000_000_123_456_789
+    answer = task_v2_pb2.DeleteResponse.FromString(bootstrap.delete_response(4711, 137, now))
+    assert (answer.pid, answer.exit_status) == (4711, 137)
+    assert answer.exited_at.ToNanoseconds() == now
