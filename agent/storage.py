@@ -222,6 +222,9 @@ class Storages:
             node = yield from uevents.wait_block_device(
                 driver, storage.source, self.timeout, self._sysfs, self._dev
             )
+            yield from uevents.wait_for(
+                f"{node} to open", lambda: uevents.opens(node), self.timeout
+            )
             for option in storage.driver_options:
                 if option.startswith("create_filesystem"):
                     from agent.volumes import make_filesystem

@@ -188,13 +188,13 @@ def wait_block_device(
 
     def ready() -> bool:
         found[:] = [f"{dev}/{text}" for text in (name(),) if text]
-        return bool(found) and _opens(found[0])
+        return bool(found) and os.path.exists(found[0])
 
     yield from wait_for(f"{kind} device {identifier}", ready, timeout, rescan)
     return found[0]
 
 
-def _opens(node: str) -> bool:
+def opens(node: str) -> bool:
     """Whether a device is there for use: its node appears a little before it can be opened."""
     try:
         descriptor = os.open(node, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
