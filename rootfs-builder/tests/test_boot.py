@@ -101,7 +101,9 @@ def test_the_kernel_has_what_containers_need() -> None:
     }
     with guest("init=/bin/sh") as console:
         console.expect("#")
-        console.send("mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t tmpfs tmpfs /run; echo 'mounts' done")
+        console.send(
+            "mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t tmpfs tmpfs /run; echo 'mounts' done"
+        )
         console.expect("mounts done\r\n")
         answers = {}
         for name, question in questions.items():
