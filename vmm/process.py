@@ -245,7 +245,7 @@ class HelperProcess:
 
     async def _read_output(self) -> None:
         with self._read_scope:
-            while True:
+            while self._pipe >= 0:  # the reaper closes it, maybe just after we were woken
                 try:
                     data = os.read(self._pipe, 65536)
                 except BlockingIOError:

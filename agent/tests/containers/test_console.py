@@ -16,9 +16,11 @@ async def test_a_shell_and_its_end(guest: Any) -> None:
         with trio.fail_after(20):
             while more := await stream.receive_some(4096):
                 data += more
+            # The client sees the end before the agent is done with it.
+            while guest.descriptors() > before:
+                await trio.sleep(0.02)
     assert b"42\r\n" in data
     assert b"/dev/pts/" in data
-    assert guest.descriptors() == before
 
 
 async def test_hanging_up_ends_the_shell(guest: Any) -> None:
