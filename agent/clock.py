@@ -19,26 +19,29 @@ PTP_INTERVAL = 16.0
 _CLOCK_FD = 3  # low bits of a dynamic clock id made of a descriptor
 
 
-def set_date_time(request: agent_pb2.SetGuestDateTimeRequest) -> None:
-    """SetGuestDateTime. Raises INVALID_ARGUMENT, INTERNAL."""
+def set_date_time(request: agent_pb2.SetGuestDateTimeRequest, *, idle: bool = False) -> None:
+    """SetGuestDateTime. Raises INVALID_ARGUMENT, INTERNAL.
+
+    idle: no container is there yet that a jump could harm, so the clock is right at once.
+    """
     if request.Sec < 0 or not 0 <= request.Usec < 1_000_000:
         raise RpcError(
             Code.INVALID_ARGUMENT, f"date and time: Sec={request.Sec} Usec={request.Usec}"
         )
     try:
-        adjust(request.Sec * _SECOND + request.Usec * 1000)
+        adjust(request.Sec * _SECOND + request.Usec * 1000, always_step=idle)
     except OSError as error:
         raise RpcError(Code.INTERNAL, f"date and time: {error}") from error
 
 
-def adjust(now_ns: int) -> str:
+def adjust(now_ns: int, *, always_step: bool = False) -> str:
     """Make the wall clock `now_ns` since the epoch. Returns `step` or `slew`.
 
     Programs take a jump badly, so only more than a second is worth one. Between half a second
     and a second the kernel takes the first half now, the rest with the next call.
     """
     offset = now_ns - time.time_ns()
-    if abs(offset) > _SECOND:
+    if always_step or abs(offset) > _SECOND:
         time.clock_settime_ns(time.CLOCK_REALTIME, now_ns)
         return "step"
     sys_.slew_clock(max(-MAX_SLEW, min(MAX_SLEW, offset)))

@@ -262,7 +262,7 @@ class AgentService:
     def SetGuestDateTime(self, request: Any) -> Answer:
         from agent import clock
 
-        clock.set_date_time(request)
+        clock.set_date_time(request, idle=not self._sandbox.containers)
         return _EMPTY
 
     def CopyFile(self, request: Any) -> Answer:

@@ -40,6 +40,13 @@ def test_steps_only_above_a_second(
     assert kernel == [call]
 
 
+def test_before_the_first_container_it_is_right_at_once(kernel: list[tuple[str, int]]) -> None:
+    seconds, rest = divmod(NOW - 400_000_000, 10**9)
+    request = agent_pb2.SetGuestDateTimeRequest(Sec=seconds, Usec=rest // 1000)
+    clock.set_date_time(request, idle=True)
+    assert kernel == [("step", NOW - 400_000_000)]
+
+
 def test_request(kernel: list[tuple[str, int]]) -> None:
     clock.set_date_time(agent_pb2.SetGuestDateTimeRequest(Sec=NOW // 10**9 + 5, Usec=250_000))
     assert kernel == [("step", NOW + 5_250_000_000)]
