@@ -98,7 +98,7 @@ def build(
                 compiled += 1
                 progress.percent(compiled, _EXPECTED_OBJECTS)
 
-        with progress.step(f"kernel {source.version}: build (about 7 minutes on 2 cores)"):
+        with progress.step(f"kernel {source.version}: build (ten minutes or more on 2 cores)"):
             log = cache / "logs" / f"kernel-{key}.log"
             run([*make, f"-j{jobs}", "vmlinux"], on_line=count, log=log)
         built = folder.with_name(folder.name + ".new")
