@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from integration.lib.containerd import DEBIAN, Containerd, Edition
+from integration.lib.cri import CriNode
 from integration.lib.go_tools import containerd_edition
 from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
@@ -31,7 +32,12 @@ def prefix() -> Path:
 @pytest.fixture(scope="session", params=["debian", "go"])
 def edition(request: pytest.FixtureRequest) -> Edition:
     """Debian's containerd 1.6, and 2.4 from its Go module."""
-    if request.param == "debian":
+    return edition_named(request.param)
+
+
+def edition_named(name: str) -> Edition:
+    """An edition that is there; the Go one is built on first use."""
+    if name == "debian":
         if not DEBIAN.containerd.exists():
             pytest.fail("containerd is missing: apt-get install containerd")
         return DEBIAN
@@ -72,6 +78,22 @@ def kata(containerd: Containerd, request: pytest.FixtureRequest) -> Iterator[Kat
     yield kata
     kata.close()
     left = left_by(kata.mark)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session", params=["debian", "go", "go-shim"])
+def cri_node(request: pytest.FixtureRequest, prefix: Path) -> Iterator[CriNode]:
+    """A node with bridged pods: each containerd, and 2.4 with the Sandbox API."""
+    name, _, sandboxer = request.param.partition("-")
+    with CriNode(edition_named(name), prefix, sandboxer=sandboxer or "podsandbox") as node:
+        yield node
+
+
+@pytest.fixture
+def node(cri_node: CriNode) -> Iterator[CriNode]:
+    """The node for one test; whatever its pods leave behind fails the test."""
+    yield cri_node
+    left = cri_node.clean()
     assert not left, f"left behind: {left}"
 
 

@@ -10,7 +10,9 @@ import os
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from shimv2 import mounts
 
@@ -21,6 +23,8 @@ _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 0x1
 _NS_GET_NSTYPE = 0xB703  # ioctl_ns(2)
+
+_T = TypeVar("_T")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -56,22 +60,48 @@ def new_network_namespace() -> int:
     It lives as long as the returned descriptor (close-on-exec; ``/proc/self/fd/N`` is a path
     to it) or a process in it.
     """
-    found: list[int] = []
-    failure: list[OSError] = []
 
-    def make() -> None:  # on a thread of its own, since it can't come back
+    def make() -> int:
+        unshare(CLONE_NEWNET)
+        _loopback_up()
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+
+    try:
+        return _on_own_thread(make)
+    except OSError as error:
+        raise NamespaceError(error.errno, f"new network namespace: {error.strerror}") from None
+
+
+def call_inside(fd: int, work: Callable[[], _T]) -> _T:
+    """Call `work` in the network namespace behind `fd`; sockets that it makes belong there.
+
+    Raises:
+        OSError: setns(2) failed; besides that whatever `work` raises.
+    """
+
+    def enter() -> _T:
+        setns(fd, CLONE_NEWNET)
+        return work()
+
+    return _on_own_thread(enter)
+
+
+def _on_own_thread(work: Callable[[], _T]) -> _T:
+    """For what changes the calling thread for good."""
+    found: list[_T] = []
+    failure: list[Exception] = []
+
+    def run() -> None:
         try:
-            unshare(CLONE_NEWNET)
-            _loopback_up()
-            found.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
-        except OSError as error:
+            found.append(work())
+        except Exception as error:
             failure.append(error)
 
-    thread = threading.Thread(target=make, name="netns")
+    thread = threading.Thread(target=run, name="netns")
     thread.start()
     thread.join()
     if failure:
-        raise NamespaceError(failure[0].errno, f"new network namespace: {failure[0].strerror}")
+        raise failure[0]
     return found[0]
 
 

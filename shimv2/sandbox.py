@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from google.protobuf import timestamp_pb2
 
 from shimv2 import spec as oci
 from shimv2 import volumes
-from shimv2.api import task_events_pb2
+from shimv2.api import cri_pb2, task_events_pb2
 from shimv2.bootstrap import config_path_of
 from shimv2.config import apply_annotations, load_config
 from shimv2.container import Container
@@ -210,11 +211,7 @@ class Sandbox:
         """CreateSandbox: the netns path comes only with this call."""
         if self._life is not None or self._by_api:
             raise RpcError(Code.ALREADY_EXISTS, f"sandbox {self.id!r} already exists")
-        spec = _sandbox_spec(
-            Path(request.bundle_path or self.settings.bundle),
-            request.netns_path,
-            dict(request.annotations),
-        )
+        spec = _sandbox_spec(Path(request.bundle_path or self.settings.bundle), request)
         self._by_api = True
         self._launch(self._origin(spec, self.settings.options))
 
@@ -384,19 +381,40 @@ class Sandbox:
                     self.events.publish(task_events_pb2.TaskOOM(container_id=container_id))
 
 
-def _sandbox_spec(bundle: Path, netns: str, annotations: dict[str, str]) -> oci.Spec:
-    """The spec of a sandbox without a container: config.json may be absent or nearly empty."""
+def _sandbox_spec(bundle: Path, request: Any) -> oci.Spec:
+    """The spec of a sandbox without a container: config.json may be absent or nearly empty.
+
+    Args:
+        request: the CreateSandboxRequest; what it says goes before config.json.
+    """
     try:
         document = dict(oci.load(bundle).json)
     except FileNotFoundError:
         document = {}
-    document["annotations"] = {**(document.get("annotations") or {}), **annotations}
-    if netns:
-        linux = dict(document.get("linux") or {})
+    document["annotations"] = {
+        **(document.get("annotations") or {}),
+        **dict(request.annotations),
+    }
+    linux = dict(document.get("linux") or {})
+    pod = cri_pb2.PodSandboxConfig()
+    # containerd's type URLs are bare names, which Any.Unpack() does not take.
+    if request.options.type_url.rpartition("/")[2] == pod.DESCRIPTOR.full_name:
+        pod.ParseFromString(request.options.value)
+        document["hostname"] = pod.hostname or document.get("hostname") or ""
+        if pod.linux.cgroup_parent:
+            linux["cgroupsPath"] = _cgroups_path(pod.linux.cgroup_parent, request.sandbox_id)
+    if request.netns_path:
         others = [n for n in linux.get("namespaces") or [] if n.get("type") != "network"]
-        linux["namespaces"] = [*others, {"type": "network", "path": netns}]
-        document["linux"] = linux
+        linux["namespaces"] = [*others, {"type": "network", "path": request.netns_path}]
+    document["linux"] = linux
     return oci.Spec(document, bundle)
+
+
+def _cgroups_path(parent: str, sandbox_id: str) -> str:
+    """As containerd's CRI plugin makes it for a sandbox that has a container."""
+    if parent.endswith(".slice"):
+        return f"{os.path.basename(parent)}:cri-containerd:{sandbox_id}"
+    return f"{parent}/{sandbox_id}"
 
 
 def _timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:

@@ -20,6 +20,7 @@ if [ "${2:-}" = test ]; then
   packages+=(
     crun            # the agent's tests run it on the host
     gcc libc6-dev   # small programs that the tests run in containers
+    containernetworking-plugins iptables  # networks of the pods in the tests
   )
 fi
 

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -59,8 +60,10 @@ class Containerd:
         edition: which build to run.
         shim_path: directories put before PATH, where the shim is.
         environment: further variables of the daemon, which its shims inherit.
-        extra_config: TOML appended to the configuration.
+        extra_config: TOML appended to the configuration; an attribute too, read by `start`.
         directory: where everything lies; by default a new directory below /run.
+        cri: whether the CRI plugin runs.
+        launcher: put before the daemon's command, to start it elsewhere.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class Containerd:
         environment: dict[str, str] | None = None,
         extra_config: str = "",
         directory: Path | None = None,
+        cri: bool = False,
+        launcher: Sequence[str] = (),
     ) -> None:
         self.edition = edition
         self._own_directory = directory is None
@@ -79,7 +84,9 @@ class Containerd:
         self.address = self.directory / "c.sock"
         self._environment = environment or {}
         self._path = ":".join([*map(str, shim_path), str(edition.bin_dir), os.environ["PATH"]])
-        self._extra_config = extra_config
+        self.extra_config = extra_config
+        self._cri = cri
+        self._launcher = list(launcher)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -118,7 +125,14 @@ class Containerd:
         environment = {**os.environ, **self._environment, "PATH": self._path}
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [self.edition.containerd, "--config", config, "--log-level", "debug"],
+                [
+                    *self._launcher,
+                    self.edition.containerd,
+                    "--config",
+                    config,
+                    "--log-level",
+                    "debug",
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -201,16 +215,19 @@ class Containerd:
 
     def _config(self) -> str:
         # Version 2 is read by containerd 1.6 to 2.x.
+        disabled = ["io.containerd.internal.v1.opt"]
+        if not self._cri:
+            disabled.append("io.containerd.grpc.v1.cri")
         return f"""\
 version = 2
 root = "{self.directory}/root"
 state = "{self.directory}/state"
-disabled_plugins = ["io.containerd.grpc.v1.cri", "io.containerd.internal.v1.opt"]
+disabled_plugins = {json.dumps(disabled)}
 [grpc]
   address = "{self.address}"
 [ttrpc]
   address = "{self.address}.ttrpc"
-{self._extra_config}
+{self.extra_config}
 """
 
     def _wait_serving(self) -> None:

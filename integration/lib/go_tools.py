@@ -14,6 +14,7 @@ from integration.lib.containerd import Edition
 from integration.lib.images import cache_dir
 
 CONTAINERD_VERSION = "v2.4.2"
+CRI_TOOLS_VERSION = "v1.37.0"
 _NEEDS_GO = (1, 26)
 _MODULE = "github.com/containerd/containerd/v2/cmd"
 
@@ -31,6 +32,18 @@ def containerd_edition() -> Edition:
     if missing:
         install([f"{_MODULE}/{name}@{CONTAINERD_VERSION}" for name in missing], directory)
     return edition
+
+
+def crictl() -> Path:
+    """crictl of CRI_TOOLS_VERSION; built on first use.
+
+    Raises:
+        RuntimeError: there is no usable Go.
+    """
+    directory = cache_dir() / "go" / f"cri-tools-{CRI_TOOLS_VERSION}"
+    if not (directory / "crictl").exists():
+        install([f"sigs.k8s.io/cri-tools/cmd/crictl@{CRI_TOOLS_VERSION}"], directory)
+    return directory / "crictl"
 
 
 def install(packages: list[str], directory: Path) -> None:

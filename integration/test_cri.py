@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pods as a kubelet asks for them: `crictl` against containerd's CRI plugin."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from integration.lib.cri import CrictlError, CriNode
+from integration.lib.kata import wait_until
+
+_RUNNING, _EXITED = "CONTAINER_RUNNING", "CONTAINER_EXITED"
+
+
+def state(node: CriNode, container_id: str) -> str:
+    return str(node.inspect(container_id)["status"]["state"])
+
+
+def test_a_pod_of_two_containers(node: CriNode) -> None:
+    pod = node.run_pod()
+    one = node.start_container(pod, "sh", "-c", "echo to stdout; echo to stderr >&2; sleep 1000")
+    two = node.start_container(pod, "sleep", "1000")
+    boots = {node.execute(c, "cat", "/proc/sys/kernel/random/boot_id") for c in (one, two)}
+    assert len(boots) == 1, "one VM for both"
+    wait_until(lambda: node.logs(one).count("\n") == 2, 5, "both lines are logged")
+    assert sorted(node.logs(one).split("\n")) == ["", "to stderr", "to stdout"]
+    node.crictl("stop", "-t", "10", one)
+    assert state(node, one) == _EXITED
+    assert state(node, two) == _RUNNING
+    node.crictl("rm", one)
+    three = node.start_container(pod, "sleep", "1000")
+    assert node.execute(three, "echo", "here") == "here\n"
+    node.remove_pod(pod)
+    assert node.crictl("pods", "-q") == ""
+
+
+def test_exit_codes_are_told(node: CriNode) -> None:
+    pod = node.run_pod()
+    container = node.start_container(pod, "sh", "-c", "exit 7")
+    wait_until(lambda: state(node, container) == _EXITED, 20, "it has ended")
+    assert node.inspect(container)["status"]["exitCode"] == 7
+    other = node.start_container(pod, "sleep", "1000")
+    with pytest.raises(CrictlError, match=r"exit(ed with)? (code|status)? ?3"):
+        node.execute(other, "sh", "-c", "exit 3")
+
+
+def test_a_container_that_ignores_sigterm_is_killed(node: CriNode) -> None:
+    pod = node.run_pod()
+    container = node.start_container(
+        pod, "sh", "-c", "trap '' TERM; echo ready; while :; do sleep 0.1; done"
+    )
+    wait_until(lambda: "ready" in node.logs(container), 10, "it runs")
+    begin = time.monotonic()
+    node.crictl("stop", "-t", "1", container)
+    assert time.monotonic() - begin < 10
+    assert node.inspect(container)["status"]["exitCode"] == 137
+
+
+def test_hostname_and_dns_are_the_pods(node: CriNode) -> None:
+    pod = node.run_pod(
+        hostname="web-0",
+        dns_config={"servers": ["192.0.2.53"], "searches": ["pods.example"]},
+    )
+    container = node.start_container(pod, "sleep", "1000")
+    assert node.execute(container, "hostname") == "web-0\n"
+    text = node.execute(container, "cat", "/etc/resolv.conf")
+    assert "nameserver 192.0.2.53" in text
+    assert "search pods.example" in text
+
+
+def test_a_pod_is_stopped_with_its_containers_in_any_order(node: CriNode) -> None:
+    pod = node.run_pod()
+    one, two = (node.start_container(pod, "sleep", "1000") for _ in range(2))
+    node.crictl("stop", "-t", "1", two)
+    node.crictl("stopp", pod)
+    assert state(node, one) == _EXITED
+    node.crictl("rm", one)
+    node.crictl("rm", two)
+    node.crictl("rmp", pod)
