@@ -193,14 +193,18 @@ class SandboxCgroups:
             for hierarchy in self._hierarchies
         )
 
-    def add_shim(self) -> None:
+    def add_shim(self, *, stay: bool = False) -> None:
         """Move this process in; `delete` takes it back to where it was.
+
+        Args:
+            stay: `delete` takes it to the root instead: where it was is none of its business.
 
         Raises:
             CgroupError: the kernel refuses.
         """
         for hierarchy in self._hierarchies:
-            self._home[hierarchy.root] = _own_cgroup(hierarchy)
+            if not stay:
+                self._home[hierarchy.root] = _own_cgroup(hierarchy)
             file = self._directory(hierarchy, self._overhead) / "cgroup.procs"
             try:
                 file.write_text(str(os.getpid()))
@@ -238,6 +242,15 @@ class SandboxCgroups:
                     raise CgroupError(
                         f"cgroup {directory}/{name} = {value!r}: {error.strerror}"
                     ) from error
+
+    def set_least_weight(self) -> None:
+        """Let everybody else on the host go first, as far as the kernel offers it."""
+        for hierarchy in self._hierarchies:
+            directory = self._directory(hierarchy, self._sandbox)
+            for name, value in (("cpu.weight", "1"), ("cpu.shares", "2"), ("blkio.weight", "10")):
+                if (directory / name).exists():
+                    with contextlib.suppress(OSError):
+                        (directory / name).write_text(value)
 
     def stats(self) -> HostStats:
         """What the processes of the sandbox have used; 0 where a controller is missing."""

@@ -9,29 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import trio
 from google.protobuf.message import Message
 
 from agent.api import agent_pb2, health_pb2
 from shimv2.config import Config
-from shimv2.console import copy_console
-from shimv2.state import share_dir, vm_dir
+from shimv2.machine import Machine, own_nursery
+from shimv2.state import vm_dir
 from shimv2.stats import add_stats
 from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, SocketWriter
 from shimv2.timeline import Timeline
-from shimv2.vm_settings import SHARE_TAG, virtiofs_socket, vm_config
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
-from vmm.hypervisor import ConsoleDevice, FsDevice, Hypervisor, Placement, RngDevice
-from vmm.qemu.driver import Qemu
-from vmm.virtiofsd import Virtiofsd
-from vmm.vsock import VsockChannel, VsockConnection, VsockRefused, open_channel
+from vmm.hypervisor import Placement
+from vmm.vsock import VsockChannel, VsockConnection, VsockRefused
+
+if TYPE_CHECKING:
+    from shimv2.factory.templates import Templates
 
 log = logging.getLogger("guest")
 
@@ -40,11 +42,13 @@ STREAM_PORT = 1027
 
 _RPC_LIMIT = 30.0  # seconds for every call that doesn't wait for a process
 _DIAL_LIMIT = 45
+_CLONE_LIMIT = 15.0  # an emulated clone on a busy host needs one second
 _END_LIMIT = 2.0
 _HEALTH_EVERY = 5.0
 _HEALTH_LIMIT = 10.0
 _HEALTH_TRIES = 2
 _CLOCK_EVERY = 60.0
+_RESEED_BYTES = 512  # what Kata sends after a clone
 
 _AGENT = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"]
@@ -72,21 +76,20 @@ class Guest:
     ) -> None:
         self._config = config
         self._id = sandbox_id
-        self._placement = placement
         self._timeline = timeline
-        self._on_process = on_process
+        self._machine = Machine(
+            config, sandbox_id, placement=placement, timeline=timeline, on_process=on_process
+        )
         self._stack = contextlib.AsyncExitStack()
         self._nursery: trio.Nursery
-        self._vm: Hypervisor | None = None
-        self._channel: VsockChannel | None = None
         self._client: Client
         self._lost = trio.Event()
         self._lost_reason = ""
         self._raw_streams = True
-        self.pid = 0
 
     async def __aenter__(self) -> Self:
-        self._nursery = await self._stack.enter_async_context(_own_nursery())
+        self._nursery = await self._stack.enter_async_context(own_nursery())
+        await self._stack.enter_async_context(self._machine)
         return self
 
     async def __aexit__(
@@ -96,79 +99,72 @@ class Guest:
         trace: TracebackType | None,
     ) -> None:
         self.declare_lost("the sandbox is stopped")
-        if self._vm is not None:
-            await self._vm.stop()  # first of all: what the guest does no longer matters
+        await self._machine.stop()
         await self._stack.aclose()
 
     # --- boot ---------------------------------------------------------------------------
 
-    async def boot(self, storages: list[agent_pb2.Storage], hostname: str, dns: list[str]) -> None:
+    async def boot(
+        self,
+        storages: list[agent_pb2.Storage],
+        hostname: str,
+        dns: list[str],
+        templates: Templates | None = None,
+    ) -> None:
         """Start everything and create the sandbox in the guest.
 
+        Args:
+            templates: where to look for one to clone.
+
         Raises:
+            CloneError: there is a template, but it is of no use; another Guest may boot.
             VmmError: names what could not be started, with its last lines of stderr.
             RpcError: the agent refused the sandbox.
         """
-        hypervisor = self._config.hypervisor
-        directory = vm_dir(self._id)
-        vm = await self._stack.enter_async_context(
-            Qemu(vm_config(self._config, self._id, self._placement))
-        )
-        self._vm = vm
-        await vm.prepare()
-        channel = await self._stack.enter_async_context(open_channel(hypervisor.vsock, directory))
-        self._channel = channel
-        await vm.add_device(channel.device)
-        await vm.add_device(RngDevice(id="rng0", source=hypervisor.entropy_source))
-        console = directory / "console.sock"
-        await vm.add_device(ConsoleDevice(id="console0", socket=console))
-        daemon = None
-        if hypervisor.shared_fs != "none":
-            daemon = await self._start_virtiofsd()
-            await vm.add_device(
-                FsDevice(
-                    id="fs0",
-                    tag=SHARE_TAG,
-                    socket=virtiofs_socket(self._id),
-                    queue_size=hypervisor.virtio_fs_queue_size or 1024,
-                )
-            )
-        self._timeline.mark("prepared")
-        await vm.start()
-        self.pid = vm.pid
-        self._on_process("vmm", self.pid)
-        self._timeline.mark("vmm-started")
-        self._nursery.start_soon(self._watch, "the VMM", vm.wait)
-        if daemon is not None:
-            self._nursery.start_soon(self._watch, "virtiofsd", daemon.wait)
-        self._nursery.start_soon(copy_console, console, self._console_line)
-        self._client = await self._connect_agent(channel)
-        self._nursery.start_soon(self._watch, "the agent's connection", self._client.wait_closed)
-        self._timeline.mark("agent-connected")
+        if templates is not None and await templates.clone(self._machine):
+            try:
+                await self._connect(_CLONE_LIMIT)
+            except VmmError as error:
+                raise templates.failed(error) from error
+            await self._become_another()
+        else:
+            await self._machine.boot()
+            await self._connect(self._config.agent.dial_timeout or _DIAL_LIMIT)
         await self._create_sandbox(storages, hostname, dns)
-        self._timeline.mark("sandbox-created")
         self._nursery.start_soon(self._watch_health)
         self._nursery.start_soon(self._keep_time)
-        await channel.serve_hybrid(directory / "hybrid.sock")
+        await self._machine.channel.serve_hybrid(vm_dir(self._id) / "hybrid.sock")
 
-    async def _start_virtiofsd(self) -> Virtiofsd:
-        hypervisor = self._config.hypervisor
-        daemon = await self._stack.enter_async_context(
-            Virtiofsd(
-                hypervisor.virtio_fs_daemon,
-                share_dir(self._id) / "shared",
-                virtiofs_socket(self._id),
-                cache=hypervisor.virtio_fs_cache,
-                extra_args=hypervisor.virtio_fs_extra_args,
-                placement=Placement(cgroup_procs=self._placement.cgroup_procs),
-            )
-        )
-        await daemon.start()
-        self._on_process("virtiofsd", daemon.pid)
-        return daemon
+    async def boot_template(self) -> None:
+        """Start what can be saved, up to an agent that answers and no sandbox in it.
 
-    async def _connect_agent(self, channel: VsockChannel) -> Client:
-        limit = self._config.agent.dial_timeout or _DIAL_LIMIT
+        Raises:
+            VmmError, RpcError: it could not be started.
+        """
+        await self._machine.prepare(clonable=True)
+        await self._machine.boot_template()
+        await self._connect(self._config.agent.dial_timeout or _DIAL_LIMIT)
+
+    async def save(self, directory: Path) -> None:
+        """Write the guest of `boot_template` down; it is of no further use here."""
+        await self._machine.save(directory)
+
+    async def _connect(self, limit: float) -> None:
+        """Wait for the agent, and watch from now on what the guest depends on."""
+        machine = self._machine
+        self._nursery.start_soon(self._watch, "the VMM", machine.vm.wait)
+        if machine.daemon is not None:
+            self._nursery.start_soon(self._watch, "virtiofsd", machine.daemon.wait)
+        self._client = await self._connect_agent(machine.channel, limit)
+        self._nursery.start_soon(self._watch, "the agent's connection", self._client.wait_closed)
+        self._timeline.mark("agent-connected")
+
+    async def _become_another(self) -> None:
+        """Tell a clone's guest that it is one: new random numbers, a new machine id."""
+        data = os.urandom(_RESEED_BYTES)
+        await self.call("ReseedRandomDev", agent_pb2.ReseedRandomDevRequest(data=data))
+
+    async def _connect_agent(self, channel: VsockChannel, limit: float) -> Client:
         try:
             connection = await channel.connect_when_ready(AGENT_PORT, timeout=limit)
         except VsockRefused as error:
@@ -195,6 +191,7 @@ class Guest:
                 kernel_modules=[_module(text) for text in self._config.agent.kernel_modules],
             ),
         )
+        self._timeline.mark("sandbox-created")
 
     # --- talking ------------------------------------------------------------------------
 
@@ -247,8 +244,7 @@ class Guest:
 
     async def _connect_streams(self, count: int) -> list[VsockConnection]:
         """So many connections to the stream port, made at the same time; none if it is closed."""
-        assert self._channel is not None
-        channel = self._channel
+        channel = self._machine.channel
         found: list[VsockConnection] = []
 
         async def connect() -> None:
@@ -283,22 +279,19 @@ class Guest:
 
     async def vcpu_threads(self) -> list[int]:
         """Host thread ids of the VM's processors; none once it is gone."""
-        assert self._vm is not None
         try:
-            return list((await self._vm.metrics()).vcpu_threads.values())
+            return list((await self._machine.vm.metrics()).vcpu_threads.values())
         except VmmError:
             return []
 
     async def facts(self) -> dict[str, str]:
         """About the VM, for SandboxStatus and for people."""
-        vm = self._vm
-        if vm is None:
-            return {}
+        vm = self._machine.vm
         figures = await vm.metrics()
         return {
             "vmm": f"{vm.name} {vm.version}",
             "accelerator": vm.accelerator.value,
-            "pid": str(self.pid),
+            "pid": str(vm.pid),
             "vcpus": str(len(figures.vcpu_threads)),
             "memory_mib": str(vm.config.memory_mib),
             "rss_bytes": str(figures.rss_bytes),
@@ -316,8 +309,7 @@ class Guest:
         if not self._lost.is_set():
             self._lost_reason = reason
             self._lost.set()
-            if self._channel is not None:
-                self._channel.mark_gone(reason)
+            self._machine.mark_gone(reason)
 
     async def _watch(self, what: str, end: Callable[[], Awaitable[object]]) -> None:
         self.declare_lost(f"{what} ended: {await end()}")
@@ -350,16 +342,6 @@ class Guest:
                 Sec=now // 1_000_000_000, Usec=now % 1_000_000_000 // 1000
             ),
         )
-
-    def _console_line(self, line: str) -> None:
-        log.debug("console: %s", line)
-
-
-@contextlib.asynccontextmanager
-async def _own_nursery() -> AsyncIterator[trio.Nursery]:
-    async with trio.open_nursery() as nursery:
-        yield nursery
-        nursery.cancel_scope.cancel()
 
 
 def _module(text: str) -> agent_pb2.KernelModule:

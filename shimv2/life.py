@@ -12,10 +12,12 @@ import trio
 from agent.api import agent_pb2
 from shimv2.config import Config
 from shimv2.guest import Guest
+from shimv2.machine import CloneError
 from shimv2.placement import SandboxPlacement
 from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
+    from shimv2.factory.templates import Templates
     from shimv2.sandbox import Sandbox
 
 log = logging.getLogger("sandbox")
@@ -107,23 +109,43 @@ class Life:
             self.netns = placement.netns_path
             sandbox.remember_cgroups(placement.cgroup_dirs)
             sandbox.share.open()
-            async with Guest(
-                origin.config,
-                sandbox.id,
-                placement=placement.vmm,
-                timeline=sandbox.timeline,
-                on_process=sandbox.remember_process,
-            ) as guest:
-                await guest.boot(list(origin.storages), origin.hostname, list(origin.dns))
-                self._guest = guest
-                log.info("guest is up: %s", sandbox.timeline)
-                self._decided.set()
-                placement.add_vcpu_threads(await guest.vcpu_threads())
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(sandbox.watch_oom, guest)
-                    reason = await guest.wait_lost()
-                    nursery.cancel_scope.cancel()
-                return reason
+            templates = _templates(origin.config)
+            try:
+                return await self._live_in(placement, templates)
+            except CloneError as error:
+                log.warning("%s", error)
+            return await self._live_in(placement, None)
+
+    async def _live_in(self, placement: SandboxPlacement, templates: Templates | None) -> str:
+        origin, sandbox = self.origin, self._sandbox
+        async with Guest(
+            origin.config,
+            sandbox.id,
+            placement=placement.vmm,
+            timeline=sandbox.timeline,
+            on_process=sandbox.remember_process,
+        ) as guest:
+            storages, dns = list(origin.storages), list(origin.dns)
+            await guest.boot(storages, origin.hostname, dns, templates)
+            self._guest = guest
+            log.info("guest is up: %s", sandbox.timeline)
+            self._decided.set()
+            placement.add_vcpu_threads(await guest.vcpu_threads())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(sandbox.watch_oom, guest)
+                if templates is not None:
+                    nursery.start_soon(templates.make_beside, sandbox.settings.host_mounts)
+                reason = await guest.wait_lost()
+                nursery.cancel_scope.cancel()
+            return reason
+
+
+def _templates(config: Config) -> Templates | None:
+    if not config.factory.enable_template:
+        return None
+    from shimv2.factory.templates import Templates, possible
+
+    return Templates(config) if possible(config) else None
 
 
 def _single(error: Exception) -> Exception:

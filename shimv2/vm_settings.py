@@ -20,8 +20,14 @@ def virtiofs_socket(sandbox_id: str) -> Path:
     return vm_dir(sandbox_id) / "vhost-fs.sock"
 
 
-def vm_config(config: Config, sandbox_id: str, placement: Placement) -> VmConfig:
-    """The size and files of the VM, before any container asked for more."""
+def vm_config(
+    config: Config, sandbox_id: str, placement: Placement, *, clonable: bool = False
+) -> VmConfig:
+    """The size and files of the VM, before any container asked for more.
+
+    Args:
+        clonable: it becomes a template, or is cloned from one.
+    """
     hypervisor = config.hypervisor
     host_cpus = os.cpu_count() or 1
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
@@ -53,6 +59,7 @@ def vm_config(config: Config, sandbox_id: str, placement: Placement) -> VmConfig
         hugepages=hypervisor.enable_hugepages,
         mem_prealloc=hypervisor.enable_mem_prealloc,
         accelerator=Accelerator(hypervisor.accelerator),
+        generation_id=clonable,
         seccomp=hypervisor.seccompsandbox,
         debug=hypervisor.enable_debug,
         placement=placement,

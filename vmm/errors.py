@@ -12,6 +12,14 @@ class VmmError(Exception):
     """
 
 
+def single_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error of a nursery that says what went wrong; Cancelled only if there is no other."""
+    flat: list[BaseException] = []
+    for error in group.exceptions:
+        flat.append(single_error(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((error for error in flat if type(error).__name__ != "Cancelled"), flat[0])
+
+
 class VmmConfigError(VmmError):
     """The configuration names something that cannot work (a missing kernel, an absurd size)."""
 

@@ -68,6 +68,8 @@ class VmConfig:
         max_vcpus, max_memory_mib, memory_slots: how far hot-plug may go.
         shared_memory: guest memory can be mapped by vhost-user devices.
         accelerator: AUTO detects; asking for KVM where it can't work is an error.
+        generation_id: a device that tells the guest's kernel when it goes on as a clone
+            (vmgenid), where the VMM has one.
         seccomp: VMM-specific sandbox policy; "" means the driver's strictest.
         placement: see `Placement`.
     """
@@ -93,6 +95,7 @@ class VmConfig:
     hugepages: bool = False
     mem_prealloc: bool = False
     accelerator: Accelerator = Accelerator.AUTO
+    generation_id: bool = False
     seccomp: str = ""
     debug: bool = False
     placement: Placement = field(default_factory=Placement)
@@ -301,8 +304,16 @@ class Hypervisor(abc.ABC):
         return None
 
     @abc.abstractmethod
+    async def check(self) -> None:
+        """Check every input; nothing is made.
+
+        Raises:
+            VmmConfigError: names the missing file or bad value.
+        """
+
+    @abc.abstractmethod
     async def prepare(self) -> None:
-        """Check every input and make what `start` needs.
+        """`check`, and make what `start` needs.
 
         Raises:
             VmmConfigError: names the missing file or bad value.
@@ -365,7 +376,22 @@ class Hypervisor(abc.ABC):
 
     @abc.abstractmethod
     async def restore(self, directory: Path) -> None:
-        """Instead of `start`: launch from what `save` wrote; the VM is paused afterwards."""
+        """Instead of `start`: launch from what `save` wrote; the VM is paused afterwards.  Needs
+        the same devices as the saved VM had at its boot; others are plugged afterwards.
+
+        Raises:
+            VmmError: the files are missing, damaged, or of another VM; nothing runs then.
+        """
+
+    @abc.abstractmethod
+    def fingerprint(self, extra: str = "") -> str:
+        """A digest of everything that a saved VM depends on: the VMM, its machine, the devices
+        added so far, and the files it reads, by their identity on this host (64 hex digits).
+        A VM is restored only from what was saved under the same fingerprint.  After `check`.
+
+        Args:
+            extra: what else matters to the caller.
+        """
 
     @abc.abstractmethod
     async def metrics(self) -> VmMetrics:

@@ -9,8 +9,11 @@ from .keys import Section, Support, key
 class FactoryConfig(Section):
     """Templates and the VM cache."""
 
-    enable_template: bool = key(False, "start VMs from a saved one", support=Support.NO)
-    template_path: str = key("/run/vc/vm/template", "where the saved VM lies", support=Support.NO)
+    enable_template: bool = key(False, "start VMs from a saved one", sample=True)
+    template_path: str = key("/run/vc/vm/template", "where the saved VMs lie", sample=True)
+    template_autocreate: bool = key(
+        True, "a sandbox that finds no template has one made for the next", own=True, sample=True
+    )
     vm_cache_number: int = key(0, "VMs kept ready", low=0, high=1024, support=Support.NO)
     vm_cache_endpoint: str = key(
         "/var/run/kata-containers/cache.sock", "socket of the cache", support=Support.NO

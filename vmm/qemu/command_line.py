@@ -162,7 +162,10 @@ def _fixed_devices(boot: Boot) -> list[str]:
         "bus": pci.ROOT_BUS,
         "addr": f"{pci.PANIC_SLOT:#x}",
     }
-    return [*argv, "-device", _json(panic)]
+    argv += ["-device", _json(panic)]
+    if boot.config.generation_id:
+        argv += ["-device", _json({"driver": "vmgenid", "id": "vmgenid0", "guid": "auto"})]
+    return argv
 
 
 def _bridge() -> dict[str, Any]:

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,7 +19,14 @@ from typing import Self
 import trio
 
 from vmm import accelerator as accelerators
-from vmm.errors import UnsupportedError, VmmConfigError, VmmError, VmmGoneError
+from vmm import identity
+from vmm.errors import (
+    UnsupportedError,
+    VmmConfigError,
+    VmmError,
+    VmmGoneError,
+    single_error,
+)
 from vmm.hypervisor import (
     Accelerator,
     BlockDevice,
@@ -105,6 +114,10 @@ class Qemu(Hypervisor):
         await self._nursery_manager.__aexit__(exc_type, exc, tb)
 
     async def prepare(self) -> None:
+        await self.check()
+        self._make_state_dir()
+
+    async def check(self) -> None:
         config = self.config
         _check_file("QEMU", config.binary)
         if not os.access(config.binary, os.X_OK):
@@ -126,7 +139,6 @@ class Qemu(Hypervisor):
         memory.check(config)
         command_line.machine_type(config)
         self._accelerator = accelerators.choose(config.accelerator)
-        self._make_state_dir()
 
     async def start(self) -> None:
         memory_fd = memory.make_file(self.config)
@@ -236,16 +248,46 @@ class Qemu(Hypervisor):
         await snapshot.save(self._control, self.pid, directory)
 
     async def restore(self, directory: Path) -> None:
-        memory_fd = await snapshot.load_memory(directory, self.config.memory_mib)
-        try:
-            await self._launch(memory_fd, incoming=True)
-        finally:
-            os.close(memory_fd)
+        with snapshot.open_memory(directory, self.config.memory_mib) as source:
+            memory_fd = memory.make_file(self.config)
+            try:
+                if memory_fd is None:
+                    raise UnsupportedError("only a VM with a memory file is restored")
+                # QEMU starts while the memory is copied; it reads none before the state comes.
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(snapshot.copy_memory, source, memory_fd)
+                    await self._launch(memory_fd, incoming=True)
+            except BaseExceptionGroup as group:
+                await self.stop()
+                raise single_error(group) from None
+            finally:
+                if memory_fd is not None:
+                    os.close(memory_fd)
         try:
             await snapshot.load_state(self._control, directory)
         except BaseException:
             await self.stop()
             raise
+
+    def fingerprint(self, extra: str = "") -> str:
+        config = self.config
+        firmware = _firmware(config)
+        boot = command_line.Boot(
+            config=replace(config, id="", state_dir=Path("/"), debug=False),
+            accelerator=self.accelerator,
+            devices=(),
+            root_ports=_count_root_ports(self._boot_devices),
+            qmp_fd=0,
+            firmware=firmware,
+        )
+        words = command_line.build(boot)
+        words += [json.dumps(part.device) for part in self._boot_parts]
+        words += [f"vcpus {config.vcpus} of {config.max_vcpus}", extra]
+        files = (config.binary, config.kernel, config.image, config.initrd, firmware)
+        words += [identity.of_file(path) for path in files if path is not None]
+        if self.accelerator is Accelerator.KVM:
+            words.append(identity.of_host_cpu())
+        return hashlib.sha256("\0".join(words).encode()).hexdigest()
 
     # -- inside -------------------------------------------------------------
 
@@ -280,7 +322,7 @@ class Qemu(Hypervisor):
             devices=parts,
             root_ports=self._layout.root_ports,
             qmp_fd=theirs.fileno(),
-            firmware=self.config.firmware or _find_firmware(self.config.binary),
+            firmware=_firmware(self.config),
             memory_fd=memory_fd,
             incoming=incoming,
             madt=self._write_madt(),
@@ -505,10 +547,18 @@ def _check_file(what: str, path: Path) -> None:
         raise VmmConfigError(f"{what} {path}: {error.strerror}") from error
 
 
-def _find_firmware(binary: Path) -> Path | None:
-    """qboot, which hands over to the kernel in a fraction of SeaBIOS's time, where installed."""
-    for prefix in (binary.resolve().parent.parent, Path("/usr")):
-        path = prefix / "share" / "qemu" / command_line.FIRMWARE
-        if path.is_file():
-            return path
+def _firmware(config: VmConfig) -> Path | None:
+    """The firmware to load, or None for QEMU's own choice (SeaBIOS).
+
+    qboot hands over to the kernel in a fraction of SeaBIOS's time, but stops at the ACPI tables
+    of a generation id: it has no command to write an address back.
+    """
+    if config.firmware is not None:
+        return config.firmware
+    name = "bios-256k.bin" if config.generation_id else command_line.FIRMWARE
+    for prefix in (config.binary.resolve().parent.parent, Path("/usr")):
+        for folder in ("qemu", "seabios"):
+            path = prefix / "share" / folder / name
+            if path.is_file():
+                return path
     return None

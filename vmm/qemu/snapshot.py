@@ -9,7 +9,9 @@ and ``file:`` exists from QEMU 8.2 only.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,27 +53,38 @@ async def save(qmp: QmpClient, pid: int, directory: Path) -> None:
         raise VmmError(f"cannot save to {directory}: {error.strerror}") from error
 
 
-async def load_memory(directory: Path, mib: int) -> int:
-    """An anonymous copy of the saved memory; the descriptor is the caller's.
+@contextlib.contextmanager
+def open_memory(directory: Path, mib: int) -> Iterator[int]:
+    """The saved memory, open for reading.
 
     Raises:
         VmmConfigError: the file is missing or of another size.
     """
     path = directory / MEMORY_FILE
     try:
-        with path.open("rb") as source:
-            size = os.fstat(source.fileno()).st_size
-            if size != mib << 20:
-                raise VmmConfigError(f"{path} has {size >> 20} MiB, this VM {mib}")
-            target = os.memfd_create(memory.MEMFD_NAME)
-            try:
-                await trio.to_thread.run_sync(memory.copy_sparse, source.fileno(), target)
-            except BaseException:
-                os.close(target)
-                raise
-            return target
+        source = path.open("rb")
     except OSError as error:
         raise VmmConfigError(f"snapshot {path}: {error.strerror}") from error
+    with source:
+        size = os.fstat(source.fileno()).st_size
+        if size != mib << 20:
+            raise VmmConfigError(f"{path} has {size} bytes, this VM {mib << 20}")
+        yield source.fileno()
+
+
+async def copy_memory(source: int, target: int) -> None:
+    """Fill a clone's memory file.
+
+    Raises:
+        VmmError: the saved file shrank meanwhile, or there is no memory left.
+    """
+    size = os.fstat(source).st_size
+    try:
+        await trio.to_thread.run_sync(memory.copy_sparse, source, target)
+    except OSError as error:
+        raise VmmError(f"the saved memory can't be copied: {error.strerror}") from error
+    if os.fstat(source).st_size != size:
+        raise VmmError("the saved memory was changed while it was copied")
 
 
 async def load_state(qmp: QmpClient, directory: Path) -> None:

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that makes one template: boots a VM, settles it, saves it, ends.
+
+It is nobody's child and in no sandbox's cgroup, so that it outlives the sandbox that was the
+first to miss the template; it has the least weight that the host's scheduler knows, a lock that
+names it, and a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import trio
+
+from shimv2.cgroups import SandboxCgroups
+from shimv2.config import Config
+from shimv2.factory.settle import settle
+from shimv2.factory.templates import possible, template_key
+from shimv2.guest import Guest
+from shimv2.namespaces import new_network_namespace
+from shimv2.state import remove_tree, vm_dir
+from shimv2.timeline import Timeline
+from vmm.errors import UnsupportedError, VmmError
+from vmm.hypervisor import Placement
+from vmm.template import TemplateBusyError, TemplateStore
+
+log = logging.getLogger("factory")
+
+DEADLINE = 300.0
+"""Seconds; an emulated VM on a busy host needs 20 at the most."""
+CGROUP = "/kata_factory"
+
+
+def main() -> None:
+    """Entry point of the daemon: the configuration comes pickled on stdin."""
+    config: Config = pickle.load(sys.stdin.buffer)
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    os.chdir("/")
+    with contextlib.suppress(TemplateBusyError, Exception):
+        trio.run(make_quietly, config)
+
+
+async def make_quietly(config: Config) -> None:
+    """As `make`, out of everybody's way: for a process that does nothing else."""
+    os.nice(19)
+    await make(config, lambda _text: None)
+
+
+async def make(config: Config, say: Callable[[str], None]) -> str:
+    """Make the template of `config`; returns its key.
+
+    Raises:
+        TemplateBusyError: another process is making it.
+        VmmError: it can't be made; the reason is kept with the templates as well.
+    """
+    if not possible(config):
+        raise UnsupportedError("this configuration (serial vsock or hugepages) has no templates")
+    began = time.monotonic()
+    store = TemplateStore(Path(config.factory.template_path))
+    key = await template_key(config)
+    name = f"template-{key[:16]}"
+    store.tidy(keep=key)
+    with store.make(key) as making, _home(name) as placement:
+        async with (
+            _deadline() as scope,
+            Guest(
+                config, name, placement=placement, timeline=Timeline(), on_process=_ignore
+            ) as guest,
+        ):
+            await guest.boot_template()
+            await settle(guest)
+            await guest.save(making.directory)
+        if scope.cancelled_caught:
+            raise VmmError(f"the template was not ready within {DEADLINE:g} s, or was stopped")
+        making.publish(
+            {
+                "seconds": round(time.monotonic() - began, 3),
+                "kernel": str(config.hypervisor.kernel),
+                "image": str(config.hypervisor.image or config.hypervisor.initrd),
+                "vcpus": config.hypervisor.default_vcpus,
+                "memory_mib": config.hypervisor.default_memory,
+            }
+        )
+    return key
+
+
+def _ignore(_name: str, _pid: int) -> None:
+    """A maker's helpers die with it; nobody else looks for them."""
+
+
+@contextlib.asynccontextmanager
+async def _deadline() -> AsyncIterator[trio.CancelScope]:
+    """A scope that ends by time, and by SIGTERM."""
+
+    async def watch(scope: trio.CancelScope) -> None:
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        with trio.CancelScope(deadline=trio.current_time() + DEADLINE) as scope:
+            nursery.start_soon(watch, scope)
+            yield scope
+        nursery.cancel_scope.cancel()
+
+
+@contextlib.contextmanager
+def _home(name: str) -> Iterator[Placement]:
+    """A network namespace and cgroups of the maker's own; nothing is left of them."""
+    remove_tree(vm_dir(name))  # of a maker that was killed
+    cgroups = SandboxCgroups(name, f"{CGROUP}/{name}", sandbox_only=True)
+    netns = new_network_namespace()
+    try:
+        cgroups.create()
+        cgroups.add_shim(stay=True)
+        cgroups.set_least_weight()
+        yield Placement(netns=Path(f"/proc/self/fd/{netns}"), cgroup_procs=cgroups.procs_files())
+    finally:
+        os.close(netns)
+        cgroups.delete()
+        remove_tree(vm_dir(name))
