@@ -12,6 +12,7 @@ from agent.api import agent_pb2, types_pb2
 from agent.links import family_name, links_of, parse_ip, parse_prefix, rtnetlink, text_of
 from ttrpc.errors import Code, RpcError
 
+_IPV6_PRIORITY = 1024  # the kernel's own choice for an IPv6 route without one
 _FAMILIES = (_socket.AF_INET, _socket.AF_INET6)
 
 
@@ -40,7 +41,7 @@ class _Route:
         """What makes two routes the same one for UpdateRoutes."""
         return (
             self.family, self.length, self.destination, self.gateway, self.index, self.mtu,
-            self.source,
+            self.source, self.priority,
         )  # fmt: skip
 
 
@@ -104,6 +105,7 @@ def _routes_message(socket: nl.Netlink) -> agent_pb2.Routes:
             family=family_name(route.family),
             flags=route.flags,
             mtu=route.mtu,
+            priority=route.priority,
         )
     return answer
 
@@ -139,6 +141,8 @@ def _read_route(body: bytes) -> _Route | None:
     route.source = attributes.get(nl.RTA_PREFSRC, b"")
     route.index = struct.unpack("=I", attributes.get(nl.RTA_OIF, bytes(4)))[0]
     route.priority = struct.unpack("=I", attributes.get(nl.RTA_PRIORITY, bytes(4)))[0]
+    if family == _socket.AF_INET6 and route.priority == _IPV6_PRIORITY:
+        route.priority = 0
     metrics = nl.attributes(attributes.get(nl.RTA_METRICS, b""))
     route.mtu = struct.unpack("=I", metrics.get(nl.RTAX_MTU, bytes(4)))[0]
     route.scope, route.flags, route.protocol = scope, flags, protocol
@@ -204,6 +208,7 @@ def _parse_route(route: types_pb2.Route, indexes: dict[str, int]) -> _Route:
         answer.scope = route.scope or link
     answer.flags = route.flags
     answer.mtu = route.mtu
+    answer.priority = route.priority
     return answer
 
 

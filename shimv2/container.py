@@ -118,6 +118,9 @@ class Container:
         async with self.lock:
             self.init.require("start", State.CREATED)
             guest = await self._guest()
+            # Hooks, and `ctr run --cni`, set the network up between Create and Start.
+            if self._life is not None:
+                await self._life.update_network()
             await guest.call(
                 "StartContainer", agent_pb2.StartContainerRequest(container_id=self.id)
             )

@@ -21,7 +21,7 @@ from google.protobuf.message import Message
 
 from agent.api import agent_pb2, health_pb2
 from shimv2.config import Config
-from shimv2.machine import Machine, own_nursery
+from shimv2.machine import Machine, concurrently, own_nursery
 from shimv2.state import vm_dir
 from shimv2.stats import add_stats
 from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, SocketWriter
@@ -29,7 +29,7 @@ from shimv2.timeline import Timeline
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
-from vmm.hypervisor import Placement
+from vmm.hypervisor import Device, DeviceAddress, Placement
 from vmm.vsock import VsockChannel, VsockConnection, VsockRefused
 
 if TYPE_CHECKING:
@@ -126,11 +126,14 @@ class Guest:
                 await self._connect(_CLONE_LIMIT)
             except VmmError as error:
                 raise templates.failed(error) from error
-            await self._become_another()
+            async with concurrently() as nursery:
+                nursery.start_soon(self.become_another)
+                await self._create_sandbox(storages, hostname, dns)
         else:
             await self._machine.boot()
             await self._connect(self._config.agent.dial_timeout or _DIAL_LIMIT)
-        await self._create_sandbox(storages, hostname, dns)
+            await self._create_sandbox(storages, hostname, dns)
+        self._timeline.mark("sandbox-created")
         self._nursery.start_soon(self._watch_health)
         self._nursery.start_soon(self._keep_time)
         await self._machine.channel.serve_hybrid(vm_dir(self._id) / "hybrid.sock")
@@ -159,7 +162,7 @@ class Guest:
         self._nursery.start_soon(self._watch, "the agent's connection", self._client.wait_closed)
         self._timeline.mark("agent-connected")
 
-    async def _become_another(self) -> None:
+    async def become_another(self) -> None:
         """Tell a clone's guest that it is one: new random numbers, a new machine id."""
         data = os.urandom(_RESEED_BYTES)
         await self.call("ReseedRandomDev", agent_pb2.ReseedRandomDevRequest(data=data))
@@ -179,7 +182,7 @@ class Guest:
     async def _create_sandbox(
         self, storages: list[agent_pb2.Storage], hostname: str, dns: list[str]
     ) -> None:
-        await self._set_time()
+        await self.set_time()
         await self.call(
             "CreateSandbox",
             agent_pb2.CreateSandboxRequest(
@@ -191,7 +194,6 @@ class Guest:
                 kernel_modules=[_module(text) for text in self._config.agent.kernel_modules],
             ),
         )
-        self._timeline.mark("sandbox-created")
 
     # --- talking ------------------------------------------------------------------------
 
@@ -277,6 +279,23 @@ class Guest:
                 )
         return total
 
+    async def add_device(self, device: Device) -> DeviceAddress:
+        """Plug a device, as soon as the VM is launched; its guest may still be booting.
+
+        Raises:
+            VmmError: the VM can't have it.
+        """
+        await self._machine.launched.wait()
+        return await self._machine.vm.add_device(device)
+
+    async def remove_device(self, device_id: str) -> None:
+        """Unplug a device.
+
+        Raises:
+            VmmError: there is none, or the guest does not let it go.
+        """
+        await self._machine.vm.remove_device(device_id)
+
     async def vcpu_threads(self) -> list[int]:
         """Host thread ids of the VM's processors; none once it is gone."""
         try:
@@ -332,9 +351,10 @@ class Guest:
         while True:
             await trio.sleep(_CLOCK_EVERY)
             with contextlib.suppress(RpcError):
-                await self._set_time()
+                await self.set_time()
 
-    async def _set_time(self) -> None:
+    async def set_time(self) -> None:
+        """Set the guest's clock by ours."""
         now = time.time_ns()
         await self.call(
             "SetGuestDateTime",

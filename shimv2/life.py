@@ -12,8 +12,10 @@ import trio
 from agent.api import agent_pb2
 from shimv2.config import Config
 from shimv2.guest import Guest
-from shimv2.machine import CloneError
+from shimv2.machine import CloneError, concurrently
+from shimv2.network.pod_network import PodNetwork
 from shimv2.placement import SandboxPlacement
+from shimv2.vm_settings import network_settings
 from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class Life:
         self.netns = ""
         self._sandbox = sandbox
         self._guest: Guest | None = None
+        self._network: PodNetwork | None = None
         self._failure: Exception | None = None
         self._decided = trio.Event()  # booted, or failed
         self._stop = trio.Event()
@@ -75,6 +78,16 @@ class Life:
         if self._guest is None or self._ended.is_set():
             raise RpcError(Code.UNAVAILABLE, f"the VM of sandbox {self._sandbox.id!r} has ended")
         return self._guest
+
+    async def update_network(self) -> None:
+        """See that the guest has what was put into the pod's network namespace up to now.
+
+        Raises:
+            OSError, VmmError, RpcError: it can't have it.
+        """
+        guest = await self.guest()
+        assert self._network is not None
+        await self._network.configure(guest)
 
     async def stop(self) -> None:
         """End the VM, however far it is, and wait until its processes are gone."""
@@ -118,21 +131,29 @@ class Life:
 
     async def _live_in(self, placement: SandboxPlacement, templates: Templates | None) -> str:
         origin, sandbox = self.origin, self._sandbox
-        async with Guest(
-            origin.config,
-            sandbox.id,
-            placement=placement.vmm,
-            timeline=sandbox.timeline,
-            on_process=sandbox.remember_process,
-        ) as guest:
+        async with (
+            PodNetwork(placement.netns_fd, network_settings(origin.config)) as network,
+            concurrently() as booting,
+            Guest(
+                origin.config,
+                sandbox.id,
+                placement=placement.vmm,
+                timeline=sandbox.timeline,
+                on_process=sandbox.remember_process,
+            ) as guest,
+        ):
             storages, dns = list(origin.storages), list(origin.dns)
+            booting.start_soon(network.plug, guest)
             await guest.boot(storages, origin.hostname, dns, templates)
-            self._guest = guest
+            await network.configure(guest)
+            sandbox.timeline.mark("network")
+            self._guest, self._network = guest, network
             log.info("guest is up: %s", sandbox.timeline)
             self._decided.set()
             placement.add_vcpu_threads(await guest.vcpu_threads())
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(sandbox.watch_oom, guest)
+                nursery.start_soon(network.follow, guest)
                 if templates is not None:
                     nursery.start_soon(templates.make_beside, sandbox.settings.host_mounts)
                 reason = await guest.wait_lost()

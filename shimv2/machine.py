@@ -54,6 +54,7 @@ class Machine:
     Attributes:
         channel: None before the start.
         daemon: virtiofsd, or None without a share.
+        launched: devices can be plugged; the guest need not run yet.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Machine:
         self._vm: Hypervisor | None = None
         self._channel: VsockChannel | None = None
         self.daemon: Virtiofsd | None = None
+        self.launched = trio.Event()
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._stack.enter_async_context(own_nursery())
@@ -150,6 +152,7 @@ class Machine:
             if self._shares:
                 await self._start_virtiofsd()
         self._timeline.mark("prepared")
+        self.launched.set()
         for device in devices:
             await vm.add_device(device)
         await vm.resume()
@@ -215,6 +218,7 @@ class Machine:
         self._on_process("virtiofsd", self.daemon.pid)
 
     def _started(self, vm: Hypervisor) -> None:
+        self.launched.set()
         self._on_process("vmm", vm.pid)
         self._timeline.mark("vmm-started")
         self._nursery.start_soon(copy_console, self._console, _console_line)

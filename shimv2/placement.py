@@ -26,6 +26,7 @@ class SandboxPlacement:
 
     Attributes:
         vmm: what the VMM is started with.
+        netns_fd: of the pod's network namespace, open as long as the ``with`` block lasts.
         netns_path: where hooks find the pod's network namespace.
         cgroup_dirs: made here, innermost first.
     """
@@ -33,7 +34,7 @@ class SandboxPlacement:
     def __init__(self, sandbox_id: str, origin: Origin) -> None:
         self._id = sandbox_id
         self._origin = origin
-        self._fd = -1
+        self.netns_fd = -1
         self._cgroups: SandboxCgroups | None = None
         self.vmm = Placement()
         self.netns_path = ""
@@ -42,15 +43,15 @@ class SandboxPlacement:
     def __enter__(self) -> Self:
         wanted = self._origin.netns
         if not wanted:
-            self._fd = new_network_namespace()
+            self.netns_fd = new_network_namespace()
         elif is_host_network(wanted):
             raise RpcError(
                 Code.INVALID_ARGUMENT,
                 f"network namespace {wanted!r} is the host's own; a sandbox can't share it",
             )
         else:
-            self._fd = open_network_namespace(wanted)
-        self.netns_path = wanted or f"/proc/{os.getpid()}/fd/{self._fd}"
+            self.netns_fd = open_network_namespace(wanted)
+        self.netns_path = wanted or f"/proc/{os.getpid()}/fd/{self.netns_fd}"
         try:
             self._cgroups = SandboxCgroups(
                 self._id,
@@ -60,13 +61,13 @@ class SandboxPlacement:
             self._cgroups.create()
             self._cgroups.add_shim()
         except BaseException:
-            os.close(self._fd)
+            os.close(self.netns_fd)
             if self._cgroups is not None:
                 self._cgroups.delete()
             raise
         self.cgroup_dirs = [str(path) for path in self._cgroups.directories]
         self.vmm = Placement(
-            netns=Path(f"/proc/self/fd/{self._fd}"), cgroup_procs=self._cgroups.procs_files()
+            netns=Path(f"/proc/self/fd/{self.netns_fd}"), cgroup_procs=self._cgroups.procs_files()
         )
         return self
 
@@ -81,7 +82,7 @@ class SandboxPlacement:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        os.close(self._fd)
+        os.close(self.netns_fd)
         if self._cgroups is not None:
             for problem in self._cgroups.delete():
                 log.warning("left behind: %s", problem)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from shimv2.config import Config
+from shimv2.network.pod_network import NetworkSettings
 from shimv2.state import vm_dir
 from vmm.hypervisor import Accelerator, Placement, VmConfig
 
@@ -31,9 +32,7 @@ def vm_config(
     hypervisor = config.hypervisor
     host_cpus = os.cpu_count() or 1
     host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    vcpus = max(1, -int(-hypervisor.default_vcpus // 1))
-    if hypervisor.default_vcpus < 0 or vcpus > host_cpus:
-        vcpus = host_cpus
+    vcpus = _vcpus(config)
     maximum = hypervisor.default_maxvcpus or host_cpus
     memory = hypervisor.default_memory
     most = hypervisor.default_maxmemory or host_memory
@@ -64,6 +63,25 @@ def vm_config(
         debug=hypervisor.enable_debug,
         placement=placement,
     )
+
+
+def network_settings(config: Config) -> NetworkSettings:
+    """How the pod's interfaces reach the VM."""
+    hypervisor = config.hypervisor
+    return NetworkSettings(
+        model=config.runtime.internetworking_model,
+        queues=max(hypervisor.network_queues, _vcpus(config)),
+        vhost=not hypervisor.disable_vhost_net,
+        inbound=hypervisor.rx_rate_limiter_max_rate,
+        outbound=hypervisor.tx_rate_limiter_max_rate,
+    )
+
+
+def _vcpus(config: Config) -> int:
+    """At the boot: a fraction counts whole, and no more than the host has."""
+    host_cpus = os.cpu_count() or 1
+    wanted = config.hypervisor.default_vcpus
+    return host_cpus if wanted < 0 else min(max(1, -int(-wanted // 1)), host_cpus)
 
 
 def _kernel_params(config: Config) -> str:

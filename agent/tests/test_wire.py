@@ -2,7 +2,8 @@
 """The wire is Kata's: every name and number of our descriptors equals the table beside this file.
 
 guest_agent_api.json holds Kata 4.1.0's: services {method: [request, reply]}, messages
-{field: [number, type]} with types as `repeated grpc.Mount`, enums {name: number}.
+{field: [number, type]} with types as `repeated grpc.Mount`, enums {name: number}.  Fields of our
+own have numbers from OWN_FIELDS on, which an agent or runtime of Kata's skips.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from agent.api import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
 
 TABLE = json.loads((Path(__file__).parent / "guest_agent_api.json").read_text())
 FILES = [module.DESCRIPTOR for module in (agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2)]
+
+OWN_FIELDS = 1000
 
 _SCALARS = {
     number: name.removeprefix("TYPE_").lower()
@@ -51,7 +54,9 @@ def all_messages(descriptors: list[Descriptor]) -> dict[str, Any]:
         if descriptor.GetOptions().map_entry:
             continue
         found[descriptor.full_name] = {
-            field.name: [field.number, type_of(field)] for field in descriptor.fields
+            field.name: [field.number, type_of(field)]
+            for field in descriptor.fields
+            if field.number < OWN_FIELDS
         }
         found |= all_messages(list(descriptor.nested_types))
     return found
