@@ -246,6 +246,8 @@ class AgentService:
         from agent import clock
 
         clock.reseed(request.data)
+        # Only the clone of a template is told so: what it was born with it shares with others.
+        self._sandbox.new_identity()
         return _EMPTY
 
     def GetGuestDetails(self, request: Any) -> Answer:

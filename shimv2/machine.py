@@ -151,6 +151,7 @@ class Machine:
             nursery.start_soon(vm.restore, template.directory)
             if self._shares:
                 await self._start_virtiofsd()
+        self._timeline.kind = "template"
         self._timeline.mark("prepared")
         self.launched.set()
         for device in devices:

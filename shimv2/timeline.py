@@ -12,18 +12,23 @@ class Timeline:
     Args:
         origin: `time.monotonic()` at the zero; by default this process's own start, which
             the kernel knows to a hundredth of a second.
+
+    Attributes:
+        kind: how the VM started: ``cold``, ``template`` or ``cache``.
     """
 
     def __init__(self, origin: float | None = None) -> None:
         self._origin = _process_start() if origin is None else origin
         self.marks: dict[str, float] = {}
+        self.kind = "cold"
 
     def mark(self, name: str) -> None:
         """Note that `name` is reached now; a name counts the first time."""
         self.marks.setdefault(name, time.monotonic() - self._origin)
 
     def __str__(self) -> str:
-        return " ".join(f"{name}={seconds:.3f}" for name, seconds in self.marks.items())
+        marks = " ".join(f"{name}={seconds:.3f}" for name, seconds in self.marks.items())
+        return f"{marks} kind={self.kind}"
 
 
 def _process_start() -> float:

@@ -20,13 +20,13 @@ from pathlib import Path
 
 import trio
 
-from shimv2.cgroups import SandboxCgroups
+from shimv2.cgroups import SandboxCgroups, hierarchies, remove
 from shimv2.config import Config
 from shimv2.factory.settle import settle
 from shimv2.factory.templates import possible, template_key
 from shimv2.guest import Guest
 from shimv2.namespaces import new_network_namespace
-from shimv2.state import remove_tree, vm_dir
+from shimv2.state import VMS, remove_tree, vm_dir
 from shimv2.timeline import Timeline
 from vmm.errors import UnsupportedError, VmmError
 from vmm.hypervisor import Placement
@@ -37,6 +37,7 @@ log = logging.getLogger("factory")
 DEADLINE = 300.0
 """Seconds; an emulated VM on a busy host needs 20 at the most."""
 CGROUP = "/kata_factory"
+_PREFIX = "template-"  # of the id under which a maker's VM runs
 
 
 def main() -> None:
@@ -59,6 +60,9 @@ async def make_quietly(config: Config) -> None:
 async def make(config: Config, say: Callable[[str], None]) -> str:
     """Make the template of `config`; returns its key.
 
+    Args:
+        say: told each step as it begins.
+
     Raises:
         TemplateBusyError: another process is making it.
         VmmError: it can't be made; the reason is kept with the templates as well.
@@ -68,8 +72,9 @@ async def make(config: Config, say: Callable[[str], None]) -> str:
     began = time.monotonic()
     store = TemplateStore(Path(config.factory.template_path))
     key = await template_key(config)
-    name = f"template-{key[:16]}"
+    name = _name(key)
     store.tidy(keep=key)
+    remove_leftovers(store)
     with store.make(key) as making, _home(name) as placement:
         async with (
             _deadline() as scope,
@@ -77,21 +82,43 @@ async def make(config: Config, say: Callable[[str], None]) -> str:
                 config, name, placement=placement, timeline=Timeline(), on_process=_ignore
             ) as guest,
         ):
+            say("booting a VM")
             await guest.boot_template()
+            say("running a container in it once, so that clones find all of it in memory")
             await settle(guest)
+            say("saving it")
             await guest.save(making.directory)
         if scope.cancelled_caught:
             raise VmmError(f"the template was not ready within {DEADLINE:g} s, or was stopped")
+        hypervisor = config.hypervisor
+        roots = (hypervisor.image, hypervisor.initrd)
         making.publish(
             {
                 "seconds": round(time.monotonic() - began, 3),
-                "kernel": str(config.hypervisor.kernel),
-                "image": str(config.hypervisor.image or config.hypervisor.initrd),
-                "vcpus": config.hypervisor.default_vcpus,
-                "memory_mib": config.hypervisor.default_memory,
-            }
+                "kernel": str(hypervisor.kernel),
+                "image": str(hypervisor.image or hypervisor.initrd),
+                "vcpus": hypervisor.default_vcpus,
+                "memory_mib": hypervisor.default_memory,
+            },
+            [path for path in (hypervisor.path, hypervisor.kernel, *roots) if path is not None],
         )
     return key
+
+
+def remove_leftovers(store: TemplateStore) -> None:
+    """Remove what makers that were killed have left: directories of their VMs, and cgroups."""
+    busy = {_name(entry.key) for entry in store.status() if entry.state == "being made"}
+    left = [path for path in VMS.glob(f"{_PREFIX}*") if path.name not in busy]
+    for directory in left:
+        remove_tree(directory)
+    for hierarchy in hierarchies():
+        for cgroup in (hierarchy.root / CGROUP[1:]).glob(f"kata_{_PREFIX}*"):
+            if cgroup.name.removeprefix("kata_") not in busy:
+                remove(cgroup)
+
+
+def _name(key: str) -> str:
+    return f"{_PREFIX}{key[:16]}"
 
 
 def _ignore(_name: str, _pid: int) -> None:
@@ -117,7 +144,6 @@ async def _deadline() -> AsyncIterator[trio.CancelScope]:
 @contextlib.contextmanager
 def _home(name: str) -> Iterator[Placement]:
     """A network namespace and cgroups of the maker's own; nothing is left of them."""
-    remove_tree(vm_dir(name))  # of a maker that was killed
     cgroups = SandboxCgroups(name, f"{CGROUP}/{name}", sandbox_only=True)
     netns = new_network_namespace()
     try:

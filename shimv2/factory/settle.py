@@ -64,6 +64,8 @@ async def settle(guest: Guest) -> None:
     Raises:
         RpcError: the agent or crun failed; then a clone would fail too.
     """
+    await guest.set_time()
+    await guest.become_another()
     storage = agent_pb2.Storage(
         driver="bind", source="/", fstype="bind", mount_point=_ROOT, options=["bind", "ro"]
     )

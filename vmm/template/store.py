@@ -26,10 +26,12 @@ import select
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vmm import identity
 
 log = logging.getLogger(__name__)
 
@@ -97,11 +99,12 @@ class Making:
         self.key = key
         self.directory = store.root / f"{key}.new"
 
-    def publish(self, about: dict[str, Any]) -> None:
+    def publish(self, about: dict[str, Any], files: Iterable[Path] = ()) -> None:
         """Make it the template of its key.
 
         Args:
             about: facts for people, kept beside it.
+            files: what the VM was made from; once one is replaced, `tidy` removes the template.
 
         Raises:
             OSError: the disk is full.
@@ -110,6 +113,7 @@ class Making:
         document = {
             **about,
             "format": FORMAT,
+            "files": {str(path): identity.of_file(path) for path in files},
             "key": self.key,
             "created": time.time(),
             "state_sha256": _digest(self.directory / STATE_FILE),
@@ -217,8 +221,8 @@ class TemplateStore:
                 os.close(fd)
 
     def tidy(self, keep: str = "") -> None:
-        """Remove templates that nobody used for long, or that are too many, and what makers
-        that were killed have left.
+        """Remove templates that no VM fits any more, that nobody used for long, or that are too
+        many, and what makers that were killed have left.
 
         Args:
             keep: a key that stays in any case.
@@ -228,9 +232,9 @@ class TemplateStore:
         for entry in self.status():
             if entry.key == keep:
                 continue
-            if entry.state == "ready":
+            if entry.state == "ready" and not _is_stale(entry):
                 ready.append(entry)
-            elif entry.state == "damaged":
+            elif entry.state in ("ready", "damaged"):
                 self.discard(entry.key)
         ready.sort(key=lambda entry: entry.used, reverse=True)
         for index, entry in enumerate(ready):
@@ -321,6 +325,15 @@ def _check(directory: Path, key: str) -> dict[str, Any]:
     if _digest(directory / STATE_FILE) != about["state_sha256"]:
         raise ValueError("its state is not what was written")
     return about
+
+
+def _is_stale(entry: Entry) -> bool:
+    """Whether a file that the VM was made from is another one by now."""
+    files = (entry.about or {}).get("files", {})
+    try:
+        return any(identity.of_file(Path(path)) != known for path, known in files.items())
+    except OSError:
+        return True
 
 
 def _digest(path: Path) -> str:
