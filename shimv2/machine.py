@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +21,7 @@ from shimv2.console import copy_console
 from shimv2.state import share_dir, vm_dir
 from shimv2.timeline import Timeline
 from shimv2.vm_settings import SHARE_TAG, virtiofs_socket, vm_config
-from vmm.errors import VmmError, VmmGoneError, single_error
+from vmm.errors import VmmError, VmmGoneError, ungrouped
 from vmm.hypervisor import (
     ConsoleDevice,
     Device,
@@ -33,6 +34,7 @@ from vmm.qemu.driver import Qemu
 from vmm.template import Template
 from vmm.virtiofsd import Virtiofsd
 from vmm.vsock import VsockChannel, open_channel
+from vmm.vsock.vhost import FIRST_CID
 
 log = logging.getLogger("guest")
 
@@ -193,7 +195,9 @@ class Machine:
         return self._config.hypervisor.shared_fs != "none"
 
     async def _open_channel(self) -> VsockChannel:
-        channel = open_channel(self._config.hypervisor.vsock, self._directory)
+        # Nothing but our own device looks at its CID; still no two guests have the same.
+        cid = FIRST_CID + int.from_bytes(os.urandom(4), "little") % (1 << 30)
+        channel = open_channel(self._config.hypervisor.vsock, self._directory, cid=cid)
         self._channel = await self._stack.enter_async_context(channel)
         return channel
 
@@ -240,8 +244,6 @@ async def own_nursery() -> AsyncIterator[trio.Nursery]:
 @contextlib.asynccontextmanager
 async def concurrently() -> AsyncIterator[trio.Nursery]:
     """A nursery whose first error comes out as it is, not in a group."""
-    try:
+    with ungrouped():
         async with trio.open_nursery() as nursery:
             yield nursery
-    except BaseExceptionGroup as group:
-        raise single_error(group) from None

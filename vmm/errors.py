@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 
 class VmmError(Exception):
     """A virtual machine, or a helper it needs, could not do what was asked.
@@ -18,6 +21,15 @@ def single_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
     for error in group.exceptions:
         flat.append(single_error(error) if isinstance(error, BaseExceptionGroup) else error)
     return next((error for error in flat if type(error).__name__ != "Cancelled"), flat[0])
+
+
+@contextlib.contextmanager
+def ungrouped() -> Iterator[None]:
+    """What a nursery in the block lets out comes out as it is, not in a group."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise single_error(group) from None
 
 
 class VmmConfigError(VmmError):

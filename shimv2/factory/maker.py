@@ -28,7 +28,7 @@ from shimv2.guest import Guest
 from shimv2.namespaces import new_network_namespace
 from shimv2.state import VMS, remove_tree, vm_dir
 from shimv2.timeline import Timeline
-from vmm.errors import UnsupportedError, VmmError
+from vmm.errors import UnsupportedError, VmmError, ungrouped
 from vmm.hypervisor import Placement
 from vmm.template import TemplateBusyError, TemplateStore
 
@@ -75,7 +75,7 @@ async def make(config: Config, say: Callable[[str], None]) -> str:
     name = _name(key)
     store.tidy(keep=key)
     remove_leftovers(store)
-    with store.make(key) as making, _home(name) as placement:
+    with store.make(key) as making, _home(name) as placement, ungrouped():
         async with (
             _deadline() as scope,
             Guest(

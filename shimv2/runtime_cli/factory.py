@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from shimv2.config import Config
@@ -54,8 +52,7 @@ def _init(config: Config) -> int:
         print(f"[{time.monotonic() - began:5.1f} s] {text}", flush=True)
 
     try:
-        with _one_error():
-            key = trio.run(make, config, say)
+        key = trio.run(make, config, say)
     except TemplateBusyError as error:
         raise FactoryError(f"{error} already: `kata-runtime factory status` shows it") from error
     except (VmmError, RpcError, OSError) as error:
@@ -63,16 +60,6 @@ def _init(config: Config) -> int:
     say(f"template {key[:12]} is in {config.factory.template_path}")
     print("vm factory initialized")
     return 0
-
-
-@contextlib.contextmanager
-def _one_error() -> Iterator[None]:
-    from vmm.errors import single_error
-
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        raise single_error(group) from None
 
 
 def _destroy(store: TemplateStore) -> int:

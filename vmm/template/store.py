@@ -191,6 +191,7 @@ class TemplateStore:
                 yield making
                 failed.unlink(missing_ok=True)
             except BaseException as error:
+                remove_directory(making.directory)  # first: it may be what fills the disk
                 if isinstance(error, Exception):
                     with contextlib.suppress(OSError):
                         failed.write_text(f"{error}\n"[:4096])

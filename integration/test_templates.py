@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sandboxes that are clones of a template, as `ctr` users and tenants see them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.lib.containerd import Containerd
+from integration.lib.kata import Kata, wait_until
+from integration.lib.leftovers import left_by
+
+_MADE_WITHIN = 120  # seconds; the maker goes last on a busy host
+
+# Printed by a guest's debug console.  What was read before the save would be the same in clones.
+_IDENTITY = """
+echo machine=$(cat /etc/machine-id)
+echo boot=$(cat /proc/sys/kernel/random/boot_id)
+echo random=$(head -c 16 /dev/urandom | od -An -tx1 | tr -d ' ')
+echo cid=$(python3 -c "import fcntl,struct
+print(*struct.unpack('I', fcntl.ioctl(open('/dev/vsock'), 0x7b9, bytes(4))))")
+echo mac=,$(cat /sys/class/net/*/address | tr '\\n' ,)
+echo date=$(date +%s)
+echo forked=$(dmesg | grep -c 'virtual machine fork')
+exit
+"""
+
+
+class Templates:
+    """A configuration of the test's own with templates, and where they lie."""
+
+    def __init__(self, prefix: Path, directory: Path) -> None:
+        self.path = directory / "templates"
+        self.file = directory / "configuration.toml"
+        self.prefix = prefix
+        installed = prefix / "share/defaults/kata-containers/configuration.toml"
+        self.file.write_text(installed.read_text())
+        self._drop_ins = directory / "config.d"
+        self._drop_ins.mkdir()
+        self.set("factory", enable_template=True, template_path=str(self.path))
+        self.set("agent.kata", debug_console_enabled=True)
+
+    @property
+    def flags(self) -> tuple[str | Path, ...]:
+        """For `ctr run`."""
+        return ("--runtime-config-path", self.file)
+
+    def set(self, section: str, **values: object) -> None:
+        """Overrule values of the installed configuration."""
+        lines = [f"{name} = {json.dumps(value)}\n" for name, value in values.items()]
+        file = self._drop_ins / f"{section}-{'-'.join(values)}.toml"
+        file.write_text(f"[{section}]\n{''.join(lines)}")
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`kata-runtime factory …`."""
+        program = self.prefix / "bin/kata-runtime"
+        return subprocess.run(
+            [program, "--config", self.file, "factory", *words],
+            capture_output=True,
+            text=True,
+            timeout=_MADE_WITHIN,
+            check=False,
+        )
+
+    def ready(self) -> list[Path]:
+        """Directories of the templates that are complete."""
+        return sorted(self.path.glob("[0-9a-f]*[0-9a-f]/template.json"))
+
+    def wait_made(self) -> Path:
+        """Until one is there and its maker is gone; returns its directory."""
+
+        def made() -> bool:
+            return bool(self.ready()) and not list(self.path.glob("*.lock"))
+
+        wait_until(made, _MADE_WITHIN, f"a template is made: {self.command('status').stdout}")
+        return self.ready()[0].parent
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Below /run: a template's path leads to sockets, which must be short."""
+    path = Path(tempfile.mkdtemp(prefix=f"{Kata.mark}", dir="/run"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def templates(prefix: Path, directory: Path) -> Iterator[Templates]:
+    """Templates of one test; what they leave beside their own directory fails it."""
+    templates = Templates(prefix, directory)
+    yield templates
+    done = templates.command("destroy")
+    assert done.returncode == 0, done.stderr
+    assert not templates.path.exists()
+    left = left_by("template-")
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture
+def made(templates: Templates) -> Templates:
+    """The same, with a template in it."""
+    done = templates.command("init")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("vm factory initialized\n")
+    return templates
+
+
+def kind_of(containerd: Containerd, container_id: str) -> str:
+    """How the VM of a container that was started came to be, by the shim's log."""
+    log = containerd.log.read_text()
+    found = re.findall(rf"container {container_id} started: .* kind=([a-z]+)", log)
+    assert found, f"no start of {container_id} in the log"
+    return str(found[-1])
+
+
+def started(kata: Kata, container_id: str) -> str:
+    """As `kind_of`, as soon as the log has it."""
+    log = kata.containerd.log
+    wait_until(lambda: f"container {container_id} started" in log.read_text(), 10, "it is logged")
+    return kind_of(kata.containerd, container_id)
+
+
+def console(prefix: Path, container_id: str, script: str) -> dict[str, str]:
+    """``name=value`` lines that a script prints in the guest."""
+    done = subprocess.run(
+        [prefix / "bin/kata-runtime", "exec", container_id],
+        input=script.encode(),
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    text = done.stdout.decode(errors="replace").replace("\r", "")
+    return dict(re.findall(r"^(?:guest# |> )*([a-z]+)=(\S+)\s*$", text, re.M))
+
+
+def test_the_first_boots_and_the_next_are_clones(kata: Kata, templates: Templates) -> None:
+    first = kata.start("sleep", "1000", flags=templates.flags)
+    assert started(kata, first) == "cold"
+    templates.wait_made()
+    assert "ready" in templates.command("status").stdout
+    second = kata.start("sleep", "1000", flags=templates.flags)
+    assert started(kata, second) == "template"
+    assert kata.execute(second, "echo", "alive").stdout == "alive\n"
+    assert kata.execute(first, "echo", "alive").stdout == "alive\n"
+
+
+def test_a_host_of_short_containers_gets_its_template_too(kata: Kata, templates: Templates) -> None:
+    kata.run("true", flags=templates.flags)  # gone before the template can be ready
+    templates.wait_made()
+    container = kata.new_id()
+    kata.run("true", flags=templates.flags, container_id=container)
+    assert kind_of(kata.containerd, container) == "template"
+
+
+def test_made_by_hand_only_if_so_configured(kata: Kata, templates: Templates) -> None:
+    templates.set("factory", template_autocreate=False)
+    kata.run("true", flags=templates.flags)
+    assert not templates.path.exists()
+    assert templates.command("init").returncode == 0
+    container = kata.new_id()
+    kata.run("true", flags=templates.flags, container_id=container)
+    assert kind_of(kata.containerd, container) == "template"
+    again = templates.command("status").stdout
+    assert again.splitlines()[0] == "vm factory is on"
+    assert "(this configuration)" in again
+
+
+def test_what_is_not_enabled_is_not_made(templates: Templates) -> None:
+    templates.set("factory", enable_template=False)
+    done = templates.command("init")
+    assert done.returncode == 1
+    assert "enable_template = true" in done.stderr
+    assert templates.command("status").stdout.startswith("vm factory is off\n")
+
+
+def test_a_clone_does_all_that_a_container_does(kata: Kata, made: Templates) -> None:
+    data = os.urandom(1 << 20)
+    done = kata.run("sh", "-c", "cat | wc -c; exit 7", flags=made.flags, check=False, input=data)
+    assert (done.stdout.strip(), done.returncode) == (str(1 << 20), 7)
+    container = kata.start("sleep", "1000", flags=made.flags)
+    assert kata.execute(container, "sh", "-c", "echo x > /f; cat /f").stdout == "x\n"
+    kata.ctr("task", "kill", "-s", "SIGKILL", container)
+    wait_until(lambda: kata.status(container) == "STOPPED", 10, "it is stopped")
+    assert kata.delete(container) == 137
+
+
+def test_clones_share_nothing_that_identifies(kata: Kata, made: Templates, prefix: Path) -> None:
+    containers = [kata.start("sleep", "1000", flags=made.flags) for _ in range(2)]
+    assert [started(kata, container) for container in containers] == ["template"] * 2
+    one, two = (console(prefix, container, _IDENTITY) for container in containers)
+    assert set(one) == {"machine", "boot", "random", "cid", "mac", "date", "forked"}
+    for name in ("machine", "boot", "random", "cid"):
+        assert len(one[name]) > 4, f"no {name}"
+        assert one[name] != two[name], f"both have the {name} {one[name]}"
+    assert len(one["machine"]) == 32
+    macs = [set(facts["mac"].split(",")) - {"", "00:00:00:00:00:00"} for facts in (one, two)]
+    assert not macs[0] & macs[1]
+    for facts in (one, two):
+        assert int(facts["forked"]) >= 1, "the kernel heard of the clone (vmgenid)"
+        assert abs(int(facts["date"]) - time.time()) < 30
+
+
+def test_random_bytes_of_containers_differ(kata: Kata, made: Templates) -> None:
+    command = ("od", "-An", "-tx1", "-N64", "/dev/urandom")
+    seen = {kata.run(*command, flags=made.flags).stdout for _ in range(3)}
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("damage", ["state", "memory", "memory-content", "half-written"])
+def test_a_damaged_template_costs_a_boot_and_a_warning(
+    kata: Kata, made: Templates, damage: str
+) -> None:
+    template = made.wait_made()
+    memory = template / "memory"
+    match damage:
+        case "state":
+            data = bytearray((template / "state").read_bytes())
+            data[len(data) // 2] ^= 1
+            (template / "state").write_bytes(data)
+        case "memory":
+            os.truncate(memory, 1 << 20)
+        case "memory-content":  # no checksum is made of it: such a clone does not answer
+            size = memory.stat().st_size
+            memory.write_bytes(b"")
+            os.truncate(memory, size)
+        case "half-written":
+            (template / "template.json").unlink()
+    made.set("factory", template_autocreate=False)
+    container = kata.new_id()
+    assert kata.run("echo", "ran", flags=made.flags, container_id=container).stdout == "ran\n"
+    assert kind_of(kata.containerd, container) == "cold"
+    assert f"template {template.name[:12]}" in kata.containerd.log.read_text()
+    assert not template.exists()
+
+
+def test_another_configuration_is_another_template(kata: Kata, made: Templates) -> None:
+    made.set("hypervisor.qemu", default_memory=1024)
+    container = kata.start("sleep", "1000", flags=made.flags)
+    assert started(kata, container) == "cold"
+    memory = kata.execute(container, "grep", "MemTotal", "/proc/meminfo").stdout
+    assert int(memory.split()[1]) < 1 << 20
+    wait_until(lambda: len(made.ready()) == 2, _MADE_WITHIN, "the second template is made")
+
+
+def test_a_replaced_image_is_another_template(
+    kata: Kata, made: Templates, directory: Path, prefix: Path
+) -> None:
+    image = directory / "kata-containers.img"
+    shutil.copy(prefix / "share/kata-containers/kata-containers.img", image)
+    made.set("hypervisor.qemu", image=str(image))
+    assert made.command("init").returncode == 0
+    with image.open("r+b") as file:
+        first = file.read(1)
+        file.seek(0)
+        file.write(first)
+    container = kata.new_id()
+    kata.run("true", flags=made.flags, container_id=container)
+    assert kind_of(kata.containerd, container) == "cold"
+
+
+def test_a_killed_maker_harms_nobody(kata: Kata, templates: Templates) -> None:
+    container = kata.start("sleep", "1000", flags=templates.flags)
+    pid = wait_for_maker(templates)
+    os.kill(pid, signal.SIGKILL)
+    assert kata.execute(container, "echo", "alive").stdout == "alive\n"
+    # The next sandbox finds neither template nor maker, and has another try made.
+    kata.run("true", flags=templates.flags)
+    templates.wait_made()
+
+
+def test_destroy_ends_a_maker(kata: Kata, templates: Templates) -> None:
+    kata.start("sleep", "1000", flags=templates.flags)
+    pid = wait_for_maker(templates)
+    done = templates.command("destroy")
+    assert done.stdout.splitlines() == [
+        f"ended the maker of a template, process {pid}",
+        "vm factory destroyed",
+    ]
+    assert not Path(f"/proc/{pid}").exists() or is_zombie(pid)
+
+
+def test_no_room_for_a_template_is_no_failure(kata: Kata, made: Templates) -> None:
+    made.command("destroy")
+    made.path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", made.path], check=True)
+    try:
+        kata.run("true", flags=made.flags)
+
+        def failed() -> list[Any]:
+            return list(made.path.glob("*.failed"))
+
+        wait_until(lambda: bool(failed()), _MADE_WITHIN, "the maker gives up")
+        wait_until(lambda: not list(made.path.glob("*.lock")), 20, "the maker is gone")
+        assert "No space left" in failed()[0].read_text()
+        assert "failed" in made.command("status").stdout
+        assert not list(made.path.glob("*.new"))
+    finally:
+        subprocess.run(["umount", made.path], check=True)
+
+
+def wait_for_maker(templates: Templates) -> int:
+    """The pid of the maker as soon as there is one."""
+    found: list[int] = []
+
+    def running() -> bool:
+        for lock in templates.path.glob("*.lock"):
+            text = lock.read_text().strip()
+            found[:] = [int(text)] if text else []
+        return bool(found)
+
+    wait_until(running, 60, "a maker runs")
+    return found[0]
+
+
+def is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
