@@ -68,6 +68,7 @@ class CriNode:
         self._stack = contextlib.ExitStack()
         self._crictl = crictl()
         self._pods: dict[str, Path] = {}  # id → file of its PodSandboxConfig
+        self._netns: dict[str, Path] = {}
         self.containerd = Containerd(
             edition,
             shim_path=[prefix / "bin"],
@@ -115,7 +116,10 @@ class CriNode:
             **more,
         }
         path = self._write(name, config)
+        before = set(self.namespaces())
         pod_id = self.crictl("runp", "-r", handler, str(path)).strip()
+        # With the Sandbox API no answer of CRI has it.
+        self._netns[pod_id] = (set(self.namespaces()) - before).pop()
         self._pods[pod_id] = path
         return pod_id
 
@@ -167,11 +171,7 @@ class CriNode:
 
     def netns(self, pod_id: str) -> Path:
         """The pod's network namespace on the host."""
-        spec = self.inspect_pod(pod_id)["info"]["runtimeSpec"]
-        for namespace in spec["linux"]["namespaces"]:
-            if namespace["type"] == "network":
-                return Path(namespace["path"])
-        raise LookupError(f"pod {pod_id} has no network namespace")
+        return self._netns[pod_id]
 
     def remove_pod(self, pod_id: str) -> None:
         """`crictl stopp` and `rmp`."""

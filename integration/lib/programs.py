@@ -52,6 +52,45 @@ int main(int argc, char **argv) {
 }
 """
 
+ECHO_SERVER = r"""
+#include <netinet/in.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/epoll.h>
+#include <sys/socket.h>
+#include <unistd.h>
+/* Sends back what comes in, on any number of connections, by IPv4 and IPv6. */
+static char buffer[1 << 18];
+int main(int argc, char **argv) {
+    int server = socket(AF_INET6, SOCK_STREAM, 0), all = epoll_create1(0);
+    struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(atoi(argv[1]))};
+    struct epoll_event event = {.events = EPOLLIN, .data.fd = server}, ready[64];
+    if (bind(server, (void *)&address, sizeof address) || listen(server, 1024)) {
+        perror("listen");
+        return 1;
+    }
+    epoll_ctl(all, EPOLL_CTL_ADD, server, &event);
+    for (;;) {
+        int count = epoll_wait(all, ready, 64, -1);
+        for (int i = 0; i < count; i++) {
+            int fd = ready[i].data.fd;
+            if (fd == server) {
+                event.data.fd = accept(server, 0, 0);
+                epoll_ctl(all, EPOLL_CTL_ADD, event.data.fd, &event);
+                continue;
+            }
+            ssize_t size = read(fd, buffer, sizeof buffer), done = 0;
+            while (done < size) {
+                ssize_t step = write(fd, buffer + done, size - done);
+                if (step < 0) break;
+                done += step;
+            }
+            if (size <= 0) close(fd);
+        }
+    }
+}
+"""
+
 
 def build(name: str, source: str) -> Path:
     """The static program; built once and kept.

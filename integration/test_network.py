@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pods on real CNI networks: what goes through, what the guest sees, what is left."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import selectors
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.conftest import edition_named
+from integration.lib import cni, programs
+from integration.lib.cri import CriNode
+from integration.lib.host_network import call_in
+from integration.lib.kata import wait_until
+
+_MANY = 100 << 20  # bytes of a large transfer
+_CONNECTIONS = 500
+
+
+@pytest.fixture(scope="module", params=["debian", "go-shim"])
+def shared_node(request: pytest.FixtureRequest, prefix: Path) -> Iterator[CriNode]:
+    """A node whose pods are on a bridge, with IPv4, IPv6 and host ports."""
+    name, _, sandboxer = request.param.partition("-")
+    portmap = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
+    network = functools.partial(cni.bridge, plugins=[portmap])
+    sandboxer = sandboxer or "podsandbox"
+    with CriNode(edition_named(name), prefix, network=network, sandboxer=sandboxer) as node:
+        yield node
+        left = node.clean()
+        assert not left, f"left behind: {left}"
+
+
+class Echo:
+    """A pod with an echo server on port 7, on every address of it."""
+
+    def __init__(self, node: CriNode, **more: Any) -> None:
+        self.node = node
+        self.pod = node.run_pod(**more)
+        program = str(programs.build("echo-server", programs.ECHO_SERVER))
+        mount = {"host_path": program, "container_path": "/echo-server", "readonly": True}
+        self.container = node.start_container(self.pod, "/echo-server", "7", mounts=[mount])
+        status = node.inspect_pod(self.pod)["status"]["network"]
+        self.ipv4 = str(status["ip"])
+        self.ipv6 = next((str(a["ip"]) for a in status.get("additionalIps") or []), "")
+        wait_until(lambda: ":7" in self.run("netstat", "-ltn"), 10, "the server listens")
+
+    def run(self, *command: str) -> str:
+        return self.node.execute(self.container, *command)
+
+
+@pytest.fixture(scope="module")
+def echo(shared_node: CriNode) -> Iterator[Echo]:
+    echo = Echo(shared_node)
+    yield echo
+    shared_node.remove_pod(echo.pod)
+
+
+def connect(node: CriNode, address: str, port: int = 7) -> socket.socket:
+    """A connection from the host."""
+    return node.host.call(lambda: socket.create_connection((address, port), timeout=30))
+
+
+def round_trip(connection: socket.socket, size: int) -> None:
+    """Send random bytes to an echo server; what comes back has to have the same digest."""
+    block = os.urandom(1 << 20)
+    sent, received = hashlib.sha256(), hashlib.sha256()
+
+    def send() -> None:
+        for number in range(size >> 20):
+            piece = number.to_bytes(8, "big") + block[8:]  # no two are the same
+            sent.update(piece)
+            connection.sendall(piece)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    missing = size
+    while missing:
+        data = connection.recv(min(missing, 1 << 18))
+        assert data, f"the connection ended {missing} bytes early"
+        received.update(data)
+        missing -= len(data)
+    sender.join()
+    assert received.hexdigest() == sent.hexdigest()
+
+
+def test_the_guest_has_what_cni_made(echo: Echo) -> None:
+    node = echo.node
+    outside = _links(node.netns(echo.pod))["eth0"]
+    inside = echo.run("ip", "address", "show", "eth0")
+    assert f"link/ether {outside['address']}" in inside
+    assert f"mtu {outside['mtu']}" in inside
+    assert f"inet {echo.ipv4}/16" in inside
+    assert f"inet6 {echo.ipv6}/64" in inside
+    assert f"default via {cni.GATEWAY_4} dev eth0" in echo.run("ip", "route")
+    assert f"default via {cni.GATEWAY_6} dev eth0" in echo.run("ip", "-6", "route")
+
+
+def test_host_to_pod_and_back(echo: Echo) -> None:
+    with connect(echo.node, echo.ipv4) as connection:
+        round_trip(connection, _MANY)
+
+
+@pytest.mark.slow
+def test_a_gigabyte(echo: Echo) -> None:
+    with connect(echo.node, echo.ipv4) as connection:
+        round_trip(connection, 1 << 30)
+
+
+def test_host_to_pod_by_ipv6(echo: Echo) -> None:
+    with connect(echo.node, echo.ipv6) as connection:
+        round_trip(connection, 8 << 20)
+
+
+def test_pod_to_host_and_back(echo: Echo) -> None:
+    node = echo.node
+    with node.host.call(lambda: socket.create_server((cni.GATEWAY_4, 0))) as server:
+        port = str(server.getsockname()[1])
+        client = subprocess.Popen(
+            [*node.crictl_command(), "exec", echo.container, "nc", cni.GATEWAY_4, port, "-e", "cat"]
+        )
+        try:
+            server.settimeout(30)
+            connection, _ = server.accept()
+            with connection:
+                round_trip(connection, _MANY)
+            assert client.wait(30) == 0
+        finally:
+            client.kill()
+            client.wait()
+
+
+def test_many_connections_at_once(echo: Echo) -> None:
+    found = echo.node.host.call(lambda: _open_many(echo.ipv4, _CONNECTIONS))
+    try:
+        pending: dict[socket.socket, bytes] = {}
+        with selectors.DefaultSelector() as selector:
+            for number, connection in enumerate(found):
+                text = f"connection {number}\n".encode()
+                connection.sendall(text)
+                pending[connection] = text
+                selector.register(connection, selectors.EVENT_READ)
+            deadline = time.monotonic() + 120
+            while pending:
+                assert time.monotonic() < deadline, f"{len(pending)} got no answer"
+                for key, _ in selector.select(1):
+                    connection = key.fileobj
+                    assert isinstance(connection, socket.socket)
+                    data = connection.recv(100)
+                    assert data, "a connection was closed"
+                    assert pending[connection].startswith(data)
+                    pending[connection] = pending[connection][len(data) :]
+                    if not pending[connection]:
+                        del pending[connection]
+    finally:
+        for connection in found:
+            connection.close()
+
+
+def _open_many(address: str, count: int) -> list[socket.socket]:
+    return [socket.create_connection((address, 7), timeout=60) for _ in range(count)]
+
+
+def test_pod_to_pod(echo: Echo) -> None:
+    other = echo.node.run_pod()
+    container = echo.node.start_container(other, "sleep", "1000")
+    count = 4 << 20
+    script = (
+        f"dd if=/dev/urandom of=/data bs=1M count={count >> 20} 2>/dev/null; "
+        "sha256sum </data; nc {} 7 </data | head -c {} | sha256sum"
+    )
+    for address in (echo.ipv4, echo.ipv6):
+        text = echo.node.execute(container, "sh", "-c", script.format(address, count))
+        before, after = text.splitlines()
+        assert before == after
+    echo.node.remove_pod(other)
+
+
+def test_a_host_port(shared_node: CriNode) -> None:
+    echo = Echo(shared_node, port_mappings=[{"container_port": 7, "host_port": 7007}])
+    with connect(shared_node, cni.GATEWAY_4, 7007) as connection:
+        round_trip(connection, 1 << 20)
+    shared_node.remove_pod(echo.pod)
+
+
+def test_an_interface_that_comes_later_and_goes(echo: Echo) -> None:
+    namespace = echo.node.netns(echo.pod)
+
+    def outside(*command: str) -> None:
+        subprocess.run(["nsenter", f"--net={namespace}", "ip", *command], check=True)
+
+    before = _links(namespace)
+    outside("link", "add", "late0", "type", "veth", "peer", "name", "other0")
+    outside("address", "add", "192.0.2.5/24", "dev", "late0")
+    outside("link", "set", "other0", "up")
+    outside("link", "set", "late0", "up")
+    wait_until(lambda: "inet 192.0.2.5/24" in echo.run("ip", "address"), 10, "the guest has it")
+    outside("address", "add", "192.0.2.6/24", "dev", "late0")
+    outside("route", "add", "198.51.100.0/24", "via", "192.0.2.1", "metric", "7")
+    wait_until(
+        lambda: "198.51.100.0/24 via 192.0.2.1 dev late0  metric 7" in echo.run("ip", "route"),
+        10,
+        "the guest has the route",
+    )
+    assert "inet 192.0.2.6/24" in echo.run("ip", "address")
+    outside("link", "delete", "late0")
+    wait_until(lambda: "late0" not in echo.run("ip", "link"), 10, "it is gone")
+    assert _links(namespace).keys() == before.keys()
+    with connect(echo.node, echo.ipv4) as connection:
+        round_trip(connection, 1 << 20)
+
+
+@pytest.mark.parametrize("mtu", [1400, 9000])
+def test_mtu(mtu: int, prefix: Path) -> None:
+    network = functools.partial(cni.bridge, mtu=mtu)
+    with CriNode(edition_named("debian"), prefix, network=network) as node:
+        echo = Echo(node)
+        assert f"mtu {mtu}" in echo.run("ip", "link", "show", "eth0")
+        assert _links(node.netns(echo.pod))[_tap(node, echo)]["mtu"] == mtu
+        # 28 bytes are the headers: one byte more than fits, unfragmented, must not get through.
+        echo.run("ping", "-c", "1", "-s", str(mtu - 28), cni.GATEWAY_4)
+        with connect(node, echo.ipv4) as connection:
+            round_trip(connection, 16 << 20)
+        assert not node.clean()
+
+
+@pytest.mark.parametrize("plugin", ["ptp", "macvlan"])
+def test_plugin(plugin: str, prefix: Path) -> None:
+    networks: dict[str, Callable[[Path], dict[str, Any]]] = {
+        "ptp": cni.ptp,
+        "macvlan": functools.partial(cni.macvlan, master="uplink"),
+    }
+    with CriNode(edition_named("debian"), prefix, network=networks[plugin]) as node:
+        if plugin == "macvlan":  # its pods can't reach the master's own address: a peer plays
+            _add_uplink(node)
+        echo = Echo(node)
+        with connect(node, echo.ipv4) as connection:
+            round_trip(connection, 4 << 20)
+        assert not node.clean()
+
+
+def _add_uplink(node: CriNode) -> None:
+    """A link to have pods on, whose other end is the host's with the gateway's address."""
+    for command in (
+        "link add uplink type veth peer name peer0",
+        "link set uplink up",
+        "link set peer0 up",
+        f"address add {cni.GATEWAY_4}/16 dev peer0",
+    ):
+        node.host.run("ip", *command.split())
+
+
+@pytest.mark.parametrize("model", ["macvtap", "none"])
+def test_model(model: str, prefix: Path, tmp_path: Path) -> None:
+    configuration = _configuration(prefix, tmp_path, f'internetworking_model = "{model}"')
+    with CriNode(edition_named("debian"), prefix, configuration=configuration) as node:
+        pod = node.run_pod()
+        namespace = node.netns(pod)
+        if model == "none":
+            container = node.start_container(pod, "sleep", "1000")
+            assert "eth0" not in node.execute(container, "ip", "link")
+            assert list(_links(namespace)) == ["lo", "eth0"]
+        else:
+            node.remove_pod(pod)
+            echo = Echo(node)
+            with connect(node, echo.ipv4) as connection:
+                round_trip(connection, 16 << 20)
+        assert not node.clean()
+
+
+def test_rate_limits(prefix: Path, tmp_path: Path) -> None:
+    configuration = _configuration(
+        prefix,
+        tmp_path,
+        hypervisor="rx_rate_limiter_max_rate = 16000000\ntx_rate_limiter_max_rate = 16000000",
+    )
+    with CriNode(edition_named("debian"), prefix, configuration=configuration) as node:
+        echo = Echo(node)
+        size = 8 << 20
+        with connect(node, echo.ipv4) as connection:
+            begin = time.monotonic()
+            round_trip(connection, size)
+            rate = size * 8 / (time.monotonic() - begin)
+        assert 8_000_000 < rate < 18_000_000
+        assert not node.clean()
+
+
+def test_the_namespace_is_left_as_it_was(prefix: Path) -> None:
+    with CriNode(edition_named("debian"), prefix) as node:
+        pod = node.run_pod()
+        namespace = node.netns(pod)
+        assert _qdiscs(namespace) == {"eth0": {"ingress", "noqueue"}, "tap": {"ingress"}}
+        vmm = next(iter(_processes_in(namespace)))
+        os.kill(vmm, 9)
+        wait_until(lambda: not _processes_in(namespace), 10, "the VMM is gone")
+        wait_until(
+            lambda: _qdiscs(namespace) == {"eth0": {"noqueue"}}, 10, "the tap and filters are gone"
+        )
+        assert list(_links(namespace)) == ["lo", "eth0"]
+        assert not node.clean()
+
+
+def _configuration(prefix: Path, tmp_path: Path, runtime: str = "", hypervisor: str = "") -> Path:
+    """The installed configuration with lines added."""
+    copy = tmp_path / "configuration.toml"
+    installed = prefix / "share/defaults/kata-containers/configuration.toml"
+    copy.write_text(installed.read_text())
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d/test.toml").write_text(
+        f"[runtime]\n{runtime}\n[hypervisor.qemu]\n{hypervisor}\n"
+    )
+    return copy
+
+
+def _links(namespace: Path) -> dict[str, dict[str, Any]]:
+    """Name → link, as `ip` shows it."""
+    text = _outside(namespace, "ip", "-json", "link")
+    return {link["ifname"]: link for link in json.loads(text)}
+
+
+def _tap(node: CriNode, echo: Echo) -> str:
+    return next(name for name in _links(node.netns(echo.pod)) if name.startswith("tap"))
+
+
+def _qdiscs(namespace: Path) -> dict[str, set[str]]:
+    """Link → kinds of its queues; loopback left out, "tap" for the tap."""
+    found: dict[str, set[str]] = {}
+    for entry in json.loads(_outside(namespace, "tc", "-json", "qdisc", "show")):
+        name = "tap" if entry["dev"].startswith("tap") else entry["dev"]
+        if name != "lo" and not (name == "tap" and entry["kind"] != "ingress"):
+            found.setdefault(name, set()).add(entry["kind"])
+    return found
+
+
+def _outside(namespace: Path, *command: str) -> str:
+    return subprocess.run(
+        ["nsenter", f"--net={namespace}", *command], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _processes_in(namespace: Path) -> list[int]:
+    """Processes whose network namespace it is."""
+    wanted = call_in(namespace, lambda: os.stat("/proc/thread-self/ns/net").st_ino)
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and os.stat(entry / "ns/net").st_ino == wanted:
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
