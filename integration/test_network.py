@@ -20,9 +20,12 @@ import pytest
 
 from integration.conftest import edition_named
 from integration.lib import cni, programs
+from integration.lib.containerd import RUNTIME
 from integration.lib.cri import CriNode
 from integration.lib.host_network import call_in
+from integration.lib.images import BUSYBOX_REFERENCE, busybox_image
 from integration.lib.kata import wait_until
+from integration.lib.leftovers import left_by
 
 _MANY = 100 << 20  # bytes of a large transfer
 _CONNECTIONS = 500
@@ -220,6 +223,32 @@ def test_an_interface_that_comes_later_and_goes(echo: Echo) -> None:
         round_trip(connection, 1 << 20)
 
 
+def test_ctr_run_with_cni(shared_node: CriNode, prefix: Path, tmp_path: Path) -> None:
+    """ctr sets the network up between Create and Start, in the namespace of the task's pid."""
+    node = shared_node
+    # ctr reads /etc/cni/net.d and /opt/cni/bin, whatever it is told.
+    (tmp_path / "etc/cni/net.d").mkdir(parents=True)
+    (tmp_path / "etc/cni/net.d/10-pods.conflist").write_text(json.dumps(cni.bridge(node.directory)))
+    (tmp_path / "opt/cni").mkdir(parents=True)
+    (tmp_path / "opt/cni/bin").symlink_to(cni.CNI_PLUGINS)
+    covered = "".join(
+        f"mount -t overlay -o lowerdir={tmp_path}{path}:{path} overlay {path} && "
+        for path in ("/etc", "/opt")
+    )
+    node.containerd.import_image(busybox_image())
+    name = f"{node.mark}ctr"
+    command = [
+        *(*node.containerd.ctr_command(), "run", "--rm", "--cni", "--runtime", RUNTIME),
+        *("--runtime-config-path", str(_installed(prefix)), BUSYBOX_REFERENCE, name),
+        *("sh", "-c", f"ip address show eth0 && ping -c 1 {cni.GATEWAY_4}"),
+    ]
+    text = node.host.run("unshare", "-m", "sh", "-c", f'{covered} exec "$@"', "sh", *command)
+    assert "inet 10.88." in text
+    assert " 0% packet loss" in text
+    assert not left_by(name)
+    assert not node.pod_links()[1:], "only the shared pod's"
+
+
 @pytest.mark.parametrize("mtu", [1400, 9000])
 def test_mtu(mtu: int, prefix: Path) -> None:
     network = functools.partial(cni.bridge, mtu=mtu)
@@ -313,13 +342,16 @@ def test_the_namespace_is_left_as_it_was(prefix: Path) -> None:
 def _configuration(prefix: Path, tmp_path: Path, runtime: str = "", hypervisor: str = "") -> Path:
     """The installed configuration with lines added."""
     copy = tmp_path / "configuration.toml"
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    copy.write_text(installed.read_text())
+    copy.write_text(_installed(prefix).read_text())
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d/test.toml").write_text(
         f"[runtime]\n{runtime}\n[hypervisor.qemu]\n{hypervisor}\n"
     )
     return copy
+
+
+def _installed(prefix: Path) -> Path:
+    return prefix / "share/defaults/kata-containers/configuration.toml"
 
 
 def _links(namespace: Path) -> dict[str, dict[str, Any]]:
