@@ -32,6 +32,7 @@ class AgentConfig:
         "debug_console",
         "debug_console_vport",
         "devmode",
+        "forward_port",
         "guest_components_procs",
         "guest_components_rest_api",
         "hotplug_timeout",
@@ -67,6 +68,7 @@ class AgentConfig:
         self.launch_process_timeout = 6
         self.container_pipe_size = 0
         self.passfd_listener_port = 0
+        self.forward_port = 0
         self.visible_cdi_devices = False
         self.https_proxy = ""
         self.no_proxy = ""
@@ -220,6 +222,7 @@ _VALUES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "agent.launch_process_timeout": ("launch_process_timeout", _seconds),
     "agent.container_pipe_size": ("container_pipe_size", _number(0, 1 << 30)),
     "agent.passfd_listener_port": ("passfd_listener_port", _port),
+    "agent.forward_port": ("forward_port", _port),  # not Kata's
     "agent.https_proxy": ("https_proxy", str),
     "agent.no_proxy": ("no_proxy", str),
     "agent.guest_components_rest_api": ("guest_components_rest_api", _choice(_REST_APIS)),

@@ -105,11 +105,21 @@ class Agent:
             listener = _vsock_listener(config.passfd_listener_port)
             _widen(listener)
             self.streams.listen(listener)
+        if config.forward_port:
+            self._forward_ports(_vsock_listener(config.forward_port))
         if config.debug_console and config.debug_console_vport:
             from agent import debug_console
 
             listener = _vsock_listener(config.debug_console_vport)
             debug_console.listen(listener, self.loop, self.reaper)
+
+    def _forward_ports(self, listener: Any) -> None:
+        def connected(_events: int) -> None:
+            from agent import forward
+
+            forward.accept(listener, self.loop)
+
+        self.loop.watch(listener.fileno(), READ, connected)
 
     def settle(self) -> None:
         """What nobody has to wait for."""

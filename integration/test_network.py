@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -50,13 +51,17 @@ class Echo:
     def __init__(self, node: CriNode, **more: Any) -> None:
         self.node = node
         self.pod = node.run_pod(**more)
-        program = str(programs.build("echo-server", programs.ECHO_SERVER))
-        mount = {"host_path": program, "container_path": "/echo-server", "readonly": True}
-        self.container = node.start_container(self.pod, "/echo-server", "7", mounts=[mount])
+        self.container = self.serve("7")
         status = node.inspect_pod(self.pod)["status"]["network"]
         self.ipv4 = str(status["ip"])
         self.ipv6 = next((str(a["ip"]) for a in status.get("additionalIps") or []), "")
         wait_until(lambda: ":7" in self.run("netstat", "-ltn"), 10, "the server listens")
+
+    def serve(self, *arguments: str) -> str:
+        """A container with the echo server."""
+        program = str(programs.build("echo-server", programs.ECHO_SERVER))
+        mount = {"host_path": program, "container_path": "/echo-server", "readonly": True}
+        return self.node.start_container(self.pod, "/echo-server", *arguments, mounts=[mount])
 
     def run(self, *command: str) -> str:
         return self.node.execute(self.container, *command)
@@ -194,6 +199,33 @@ def test_a_host_port(shared_node: CriNode) -> None:
     with connect(shared_node, cni.GATEWAY_4, 7007) as connection:
         round_trip(connection, 1 << 20)
     shared_node.remove_pod(echo.pod)
+
+
+def test_port_forward(echo: Echo) -> None:
+    node = echo.node
+    with node.port_forward(echo.pod, 7) as port, connect(node, "127.0.0.1", port) as connection:
+        round_trip(connection, 16 << 20)
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1) == b""
+
+
+def test_port_forward_to_a_server_of_ipv6_only(echo: Echo) -> None:
+    node = echo.node
+    server = echo.serve("8", "::1 only")
+    wait_until(lambda: "::1:8" in echo.run("netstat", "-ltn"), 10, "the server listens")
+    with node.port_forward(echo.pod, 8) as port, connect(node, "127.0.0.1", port) as connection:
+        round_trip(connection, 1 << 20)
+    node.crictl("rm", "-f", server)
+
+
+def test_port_forward_to_a_port_without_a_server(echo: Echo) -> None:
+    node = echo.node
+    with node.port_forward(echo.pod, 9) as port, connect(node, "127.0.0.1", port) as connection:
+        connection.sendall(b"anybody?")
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+    with connect(echo.node, echo.ipv4) as connection:
+        round_trip(connection, 1 << 20)
 
 
 def test_an_interface_that_comes_later_and_goes(echo: Echo) -> None:

@@ -39,6 +39,7 @@ log = logging.getLogger("guest")
 
 AGENT_PORT = 1024
 STREAM_PORT = 1027
+FORWARD_PORT = 1028
 
 _RPC_LIMIT = 30.0  # seconds for every call that doesn't wait for a process
 _DIAL_LIMIT = 45
@@ -295,6 +296,15 @@ class Guest:
             VmmError: there is none, or the guest does not let it go.
         """
         await self._machine.vm.remove_device(device_id)
+
+    async def connect_forward(self) -> VsockConnection:
+        """A connection to the agent's port for forwarding (agent/forward.py says how it speaks).
+
+        Raises:
+            VsockRefused: the agent has none.
+            VmmGoneError: the guest is gone.
+        """
+        return await self._machine.channel.connect(FORWARD_PORT)
 
     async def vcpu_threads(self) -> list[int]:
         """Host thread ids of the VM's processors; none once it is gone."""

@@ -14,6 +14,7 @@ from shimv2.config import Config
 from shimv2.guest import Guest
 from shimv2.machine import CloneError, concurrently
 from shimv2.network.pod_network import PodNetwork
+from shimv2.network.port_forward import forward_ports
 from shimv2.placement import SandboxPlacement
 from shimv2.vm_settings import network_settings
 from ttrpc.errors import Code, RpcError
@@ -154,6 +155,8 @@ class Life:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(sandbox.watch_oom, guest)
                 nursery.start_soon(network.follow, guest)
+                if origin.netns:
+                    nursery.start_soon(forward_ports, placement.netns_fd, guest.connect_forward)
                 if templates is not None:
                     nursery.start_soon(templates.make_beside, sandbox.settings.host_mounts)
                 reason = await guest.wait_lost()

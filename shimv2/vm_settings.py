@@ -87,7 +87,7 @@ def _vcpus(config: Config) -> int:
 def _kernel_params(config: Config) -> str:
     agent = config.agent
     # The kernel's dummy0 would have the same MAC address in all clones of a template.
-    words = ["agent.passfd_listener_port=1027", "dummy.numdummies=0"]
+    words = ["agent.passfd_listener_port=1027", "agent.forward_port=1028", "dummy.numdummies=0"]
     if config.hypervisor.vsock == "serial":
         words.append("agent.server_addr=serial://agent.channel.0")
     if agent.enable_debug:

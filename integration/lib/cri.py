@@ -15,9 +15,10 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,6 +33,7 @@ from integration.lib.leftovers import left_by
 NAMESPACE = "k8s.io"
 _READY_LIMIT = 30.0
 _OF_CONTAINER = 1  # NamespaceMode CONTAINER: what a kubelet asks for unless told otherwise
+_GONE_LIMIT = 5.0
 _LOG_LINE = 300  # characters shown of each
 
 _numbers = itertools.count(1)
@@ -151,6 +153,22 @@ class CriNode:
         """
         return self.crictl("exec", container_id, *command, timeout=timeout)
 
+    @contextlib.contextmanager
+    def port_forward(self, pod_id: str, port: int) -> Iterator[int]:
+        """`crictl port-forward`; gives the port on the host network's loopback."""
+        command = [*self.crictl_command(), "port-forward", pod_id, f":{port}"]
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert process.stdout is not None
+                line = process.stdout.readline()
+                match = re.search(r"127\.0\.0\.1:(\d+)", line)
+                assert match, f"crictl port-forward says {line!r}"
+                yield int(match[1])
+            finally:
+                process.kill()
+
     def logs(self, container_id: str) -> str:
         """What the container wrote to either stream, as `crictl logs` shows it."""
         return self.crictl("logs", container_id, both=True)
@@ -181,6 +199,13 @@ class CriNode:
     def clean(self) -> dict[str, list[str]]:
         """Remove all pods; returns what those made since the last time have left behind."""
         self._remove_pods()
+        deadline = time.monotonic() + _GONE_LIMIT
+        while (left := self._left()) and time.monotonic() < deadline:
+            time.sleep(0.1)  # a socket of another's sandbox is dead for a moment as well
+        self._pods.clear()
+        return left
+
+    def _left(self) -> dict[str, list[str]]:
         left: dict[str, list[str]] = {}
         for name in self._pods:
             for kind, found in left_by(name).items():
@@ -189,7 +214,6 @@ class CriNode:
             left["network namespaces"] = names
         if links := self.pod_links():
             left["links"] = links
-        self._pods.clear()
         return left
 
     def namespaces(self) -> list[Path]:

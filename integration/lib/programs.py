@@ -59,12 +59,14 @@ ECHO_SERVER = r"""
 #include <sys/epoll.h>
 #include <sys/socket.h>
 #include <unistd.h>
-/* Sends back what comes in, on any number of connections, by IPv4 and IPv6. */
+/* Sends back what comes in, on any number of connections, by IPv4 and IPv6; with one more
+   argument on ::1 only. */
 static char buffer[1 << 18];
 int main(int argc, char **argv) {
     int server = socket(AF_INET6, SOCK_STREAM, 0), all = epoll_create1(0);
     struct sockaddr_in6 address = {.sin6_family = AF_INET6, .sin6_port = htons(atoi(argv[1]))};
     struct epoll_event event = {.events = EPOLLIN, .data.fd = server}, ready[64];
+    if (argc > 2) address.sin6_addr = in6addr_loopback;
     if (bind(server, (void *)&address, sizeof address) || listen(server, 1024)) {
         perror("listen");
         return 1;
