@@ -155,7 +155,7 @@ class Life:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(sandbox.watch_oom, guest)
                 nursery.start_soon(network.follow, guest)
-                if origin.netns:
+                if origin.netns and not origin.config.runtime.disable_new_netns:
                     nursery.start_soon(forward_ports, placement.netns_fd, guest.connect_forward)
                 if templates is not None:
                     nursery.start_soon(templates.make_beside, sandbox.settings.host_mounts)

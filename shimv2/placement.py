@@ -43,11 +43,16 @@ class SandboxPlacement:
     def __enter__(self) -> Self:
         wanted = self._origin.netns
         if not wanted:
+            log.warning(
+                "no network namespace is given: the sandbox gets one of its own, with loopback"
+                " only until somebody puts more there"
+            )
             self.netns_fd = new_network_namespace()
-        elif is_host_network(wanted):
+        elif is_host_network(wanted) and not self._origin.config.runtime.disable_new_netns:
             raise RpcError(
                 Code.INVALID_ARGUMENT,
-                f"network namespace {wanted!r} is the host's own; a sandbox can't share it",
+                f"network namespace {wanted!r} is the host's own; a sandbox can't share it"
+                " (disable_new_netns lets its VMM be there, and gives it no interface)",
             )
         else:
             self.netns_fd = open_network_namespace(wanted)

@@ -440,15 +440,13 @@ class HypervisorConfig(Section):
         "network without the kernel's vhost-net",
         annotation=SAME_NAME,
         vmms="Q",
-        support=INERT,
     )
     network_queues: int = key(
         1,
-        "queue pairs of a network interface",
+        "queue pairs of a network interface; it has at least as many as the VM has vCPUs",
         low=1,
         high=256,
         annotation=SAME_NAME,
-        support=NO,
     )
     rx_rate_limiter_max_rate: int = key(
         0,
@@ -458,7 +456,6 @@ class HypervisorConfig(Section):
         high=U63,
         annotation=SAME_NAME,
         vmms="QF",
-        support=NO,
     )
     tx_rate_limiter_max_rate: int = key(
         0,
@@ -468,7 +465,6 @@ class HypervisorConfig(Section):
         high=U63,
         annotation=SAME_NAME,
         vmms="QF",
-        support=NO,
     )
     net_rate_limiter_bw_max_rate: int = key(
         0, "network token bucket", unit="bit/s", low=0, high=U63, vmms="C", support=NO

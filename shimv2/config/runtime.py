@@ -33,13 +33,12 @@ class RuntimeConfig(Section):
         foreign=("l3forwarding",),
         annotation=SAME_NAME,
         sample=True,
-        support=NO,
     )
     disable_new_netns: bool = key(
         False,
-        "stay in the host's network; only with model `none`",
+        "a sandbox may name the host's network namespace, and gets no interface there; only with "
+        "model `none`",
         annotation=SAME_NAME,
-        support=NO,
     )
     dan_conf: str = key(
         "", "directory of directly attached networks (not read here)", support=INERT
