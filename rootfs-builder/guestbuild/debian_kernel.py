@@ -81,7 +81,9 @@ def take(
         except ValueError as error:
             raise BuildError(f"{compressed.name}: {error}") from error
         (built / "vmlinux").write_bytes(plain)
-        _write_initrd(unpacked, kernel.modules, built / "initrd.img")
+        (modules,) = (unpacked / "usr/lib/modules").glob("*")
+        busybox = (unpacked / "usr/bin/busybox").read_bytes()
+        write_initrd(modules, busybox, kernel.modules, built / "initrd.img")
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
         built.rename(folder)
@@ -109,8 +111,15 @@ def load_order(wanted: Iterable[str], needs: Callable[[str], list[str]]) -> list
     return order
 
 
-def _write_initrd(unpacked: Path, wanted: tuple[str, ...], target: Path) -> None:
-    (tree,) = (unpacked / "usr/lib/modules").glob("*")
+def write_initrd(tree: Path, busybox: bytes, wanted: tuple[str, ...], target: Path) -> None:
+    """An initrd that loads modules and goes on with the root that the command line names.
+
+    Args:
+        tree: The kernel package's folder of modules.
+
+    Raises:
+        BuildError: A wanted module isn't there.
+    """
     paths = {_name(path): path for path in tree.rglob("*.ko*")}
     builtin = {_name(Path(line)) for line in (tree / "modules.builtin").read_text().split()}
     try:
@@ -126,7 +135,7 @@ def _write_initrd(unpacked: Path, wanted: tuple[str, ...], target: Path) -> None
         for directory in ("bin", "dev", "proc", "sys", "root", "modules"):
             archive.directory(directory)
         archive.device("dev/console", 5, 1)
-        archive.file("bin/busybox", (unpacked / "usr/bin/busybox").read_bytes(), 0o755)
+        archive.file("bin/busybox", busybox, 0o755)
         for name in names:
             archive.file(f"modules/{name}.ko", _module(paths[name]))
         lines = "\n".join(f"$bb insmod /modules/{name}.ko" for name in names)

@@ -8,8 +8,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Protocol
 
-from guestbuild.description import Description
 from guestbuild.errors import BuildError
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -25,6 +25,19 @@ class Entry:
     uri: str
     suite: str
     signed_by: str | None = None
+
+
+class Wanted(Protocol):
+    """What has to be known of a description to find its archive."""
+
+    @property
+    def suite(self) -> str: ...
+    @property
+    def components(self) -> tuple[str, ...]: ...
+    @property
+    def mirror(self) -> str | None: ...
+    @property
+    def security_mirror(self) -> str | None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +93,7 @@ def host_entries(etc: Path = Path("/etc/apt")) -> list[Entry]:
 
 
 def archive(
-    description: Description,
+    description: Wanted,
     *,
     mirror: str | None = None,
     entries: list[Entry] | None = None,

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab machine's disk, kernel and initrd: Debian packages, kept by digest of what made them."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from guestbuild import digest, sources
+from guestbuild.apt import Apt, acquire_options
+from guestbuild.command import run
+from guestbuild.debian_kernel import write_initrd
+from guestbuild.lock import locked
+from guestbuild.progress import Progress
+
+HERE = Path(__file__).resolve().parent
+DESCRIPTION = HERE / "lab.yaml"
+LIBRARY = "usr/local/lib/pykata-lab"
+_PROGRAMS = ("__init__.py", "inside.py", "wire.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """What a lab of one Debian release is made of."""
+
+    suite: str
+    python: str
+    packages: tuple[str, ...]
+    kernel: str
+    modules: tuple[str, ...]
+    exclude: tuple[str, ...]
+    exclude_modules: tuple[str, ...]
+    size_mib: int
+    mask: tuple[str, ...]
+    components: tuple[str, ...] = ("main",)
+    mirror: str | None = None
+    security_mirror: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """Three files that boot."""
+
+    release: Release
+    image: Path
+    kernel: Path
+    initrd: Path
+
+
+def releases(path: Path = DESCRIPTION) -> dict[str, Release]:
+    """By name, the first one being the usual one."""
+    data: dict[str, Any] = yaml.safe_load(path.read_text())
+    return {
+        suite: Release(
+            suite=suite,
+            python=own["python"],
+            packages=(*data["packages"], *own["packages"]),
+            kernel=data["kernel"],
+            modules=tuple(data["modules"]),
+            exclude=tuple(data["exclude"]),
+            exclude_modules=tuple(data["exclude_modules"]),
+            size_mib=data["size_mib"],
+            mask=tuple(data["mask"]),
+        )
+        for suite, own in data["releases"].items()
+    }
+
+
+def build(release: Release, cache: Path, progress: Progress) -> Disk:
+    """The disk of a release; from the cache if it is there.
+
+    Raises:
+        BuildError: a package or a program is missing, or the mirror can't be reached.
+    """
+    archive = sources.archive(release)
+    files = [(path.name, path) for path in (HERE / "files").iterdir()]
+    files += [(name, HERE / name) for name in (*_PROGRAMS, "disk.py")]
+    key = digest.of_value(
+        [
+            dataclasses.asdict(release),
+            archive.lines,
+            digest.of_tree(files),
+            digest.of_builder("apt", "cpio", "debian_kernel"),
+        ]
+    )
+    folder = cache / "kvmlab" / key
+    disk = Disk(release, folder / "disk.ext4", folder / "vmlinuz", folder / "initrd.img")
+    with locked(cache, f"kvmlab-{key}", progress):
+        if not folder.exists():
+            _make(release, archive, cache, folder, progress)
+    return disk
+
+
+def _make(
+    release: Release, archive: sources.Archive, cache: Path, folder: Path, progress: Progress
+) -> None:
+    (cache / "work").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache / "work", prefix="kvmlab-") as scratch:
+        root, made = Path(scratch, "root"), Path(scratch, "made")
+        made.mkdir()
+        with progress.step(f"lab: {len(release.packages)} packages of {release.suite}"):
+            _bootstrap(release, archive, cache, root)
+        with progress.step(f"lab: {release.kernel}"):
+            _add_kernel(release, Apt(archive, cache), cache, root, made)
+        _configure(release, root)
+        with progress.step("lab: its disk"):
+            image = made / "disk.ext4"
+            with image.open("wb") as file:
+                file.truncate(release.size_mib << 20)
+            options = ["-t", "ext4", "-q", "-F", "-O", "^has_journal,^metadata_csum"]
+            run(["/sbin/mke2fs", *options, "-d", root, image])
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made.rename(folder)
+
+
+def _bootstrap(release: Release, archive: sources.Archive, cache: Path, root: Path) -> None:
+    options = [
+        "--variant=minbase",
+        "--mode=root",
+        f"--include={','.join(release.packages)}",
+        '--aptopt=APT::Install-Recommends "false"',
+        "--dpkgopt=force-unsafe-io",
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in release.exclude),
+        *(f"--aptopt={line}" for line in acquire_options()),
+    ]
+    log = cache / "logs" / f"kvmlab-{release.suite}.log"
+    run(["mmdebstrap", *options, archive.suite, root, *archive.lines], log=log)
+
+
+def _add_kernel(release: Release, apt: Apt, cache: Path, root: Path, made: Path) -> None:
+    """Unpack the kernel without its maintainer's scripts: the initrd is one of our own."""
+    if not apt.ready():
+        apt.update()
+    image = next(name for name in apt.depends(release.kernel) if name.startswith("linux-image-"))
+    deb = apt.download(apt.candidate(image), cache / "debs")
+    with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+        package = Path(scratch)
+        run(["dpkg-deb", "--extract", deb, package])
+        (kernel,) = (package / "boot").glob("vmlinuz-*")
+        shutil.copyfile(kernel, made / "vmlinuz")
+        (modules,) = [*package.glob("lib/modules/*"), *package.glob("usr/lib/modules/*")]
+        busybox = (root / "bin/busybox").read_bytes()
+        write_initrd(modules, busybox, release.modules, made / "initrd.img")
+        for name in release.exclude_modules:
+            shutil.rmtree(modules / "kernel" / name)
+        target = root / "usr/lib/modules" / modules.name
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(modules, target)
+    run(["/usr/sbin/chroot", root, "/sbin/depmod", target.name])
+
+
+def _configure(release: Release, root: Path) -> None:
+    """A machine without network, logins or waiting; the channel to its owner."""
+    (root / "etc/hostname").write_text("kvmlab\n")
+    (root / "etc/hosts").write_text("127.0.0.1 localhost kvmlab\n::1 localhost\n")
+    (root / "etc/fstab").write_text("/dev/vda / ext4 defaults,noatime 0 0\n")
+    (root / "etc/machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    library = root / LIBRARY / "integration/kvmlab"
+    library.mkdir(parents=True)
+    for name in _PROGRAMS:
+        shutil.copyfile(HERE / name, library / name)
+    units = root / "etc/systemd/system"
+    shutil.copyfile(HERE / "files/pykata-lab.service", units / "pykata-lab.service")
+    systemctl: list[str | Path] = ["/usr/sbin/chroot", root, "systemctl", "--quiet"]
+    run([*systemctl, "enable", "pykata-lab.service", "containerd.service"])
+    run([*systemctl, "mask", *release.mask])

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's own containerd, as the tests' helpers see it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from integration.kvmlab.suite.system import SystemContainerd
+from integration.lib.images import busybox_image
+from integration.lib.kata import Kata
+from integration.lib.leftovers import left_by
+
+
+@pytest.fixture(scope="session")
+def system() -> SystemContainerd:
+    """containerd as Debian starts it, with our runtime installed for it."""
+    if "PYKATA_LAB" not in os.environ:
+        pytest.fail("these tests run in the lab: python -m integration.kvmlab run")
+    daemon = SystemContainerd(Path("/run/containerd/containerd.sock"))
+    daemon.import_image(busybox_image())
+    return daemon
+
+
+@pytest.fixture
+def kata(system: SystemContainerd) -> Iterator[Kata]:
+    """Runs containers of this test; whatever it leaves behind fails the test."""
+    kata = Kata(system)
+    yield kata
+    kata.close()
+    left = left_by(kata.mark)
+    assert not left, f"left behind: {left}"
