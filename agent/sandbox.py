@@ -30,6 +30,7 @@ _WORK = "/run/agent"
 _ID_LIMIT = 128
 _CONTAINER_LIMIT = 1024
 _OOM_QUEUE = 64
+_KIND, _PAUSE = "io.katacontainers.pkg.oci.container_type", "pod_sandbox"
 _ID_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
 
 
@@ -44,6 +45,8 @@ class Sandbox:
         self.storages = Storages(config.hotplug_timeout)
         self.containers: dict[str, Container] = {}
         self._pid_namespace_of: Container | None = None
+        self._makes_pid_namespace = False
+        self._pid_holder = 0
         self._oom_events: deque[str] = deque(maxlen=_OOM_QUEUE)
         self._oom_readers: deque[Future] = deque()
         self._paths = 0
@@ -53,6 +56,7 @@ class Sandbox:
     def create(self, request: agent_pb2.CreateSandboxRequest) -> Generator[Any, Any, None]:
         """Host name, DNS and the storages of the pod."""
         self._hooks = request.guest_hook_path
+        self._makes_pid_namespace = request.sandbox_pidns
         if request.hostname:
             init.set_hostname(request.hostname)
         for module in request.kernel_modules:
@@ -107,7 +111,9 @@ class Sandbox:
             del self.containers[container_id]
             container.clean_up()
             raise
-        if self._pid_namespace_of is None:
+        if self._pid_namespace_of is None and (
+            not self._makes_pid_namespace or oci.Annotations.get(_KIND) == _PAUSE
+        ):
             self._pid_namespace_of = container
 
     def execute(self, request: agent_pb2.ExecProcessRequest) -> Generator[Any, Any, None]:
@@ -170,6 +176,12 @@ class Sandbox:
         if not shared:
             return None
         owner = self._pid_namespace_of
+        if self._makes_pid_namespace and owner is None:
+            if not self._pid_holder:
+                from agent.pid_namespace import hold_pid_namespace
+
+                self._pid_holder = hold_pid_namespace()
+            return f"/proc/{self._pid_holder}/ns/pid"
         if owner is None or owner.init.ended:
             raise RpcError(
                 Code.FAILED_PRECONDITION, "no container is there whose pid namespace is shared"

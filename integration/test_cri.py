@@ -78,3 +78,17 @@ def test_a_pod_is_stopped_with_its_containers_in_any_order(node: CriNode) -> Non
     node.crictl("rm", one)
     node.crictl("rm", two)
     node.crictl("rmp", pod)
+
+
+def test_a_shared_pid_namespace(node: CriNode) -> None:
+    shared = {"security_context": {"namespace_options": {"pid": 0}}}
+    pod = node.run_pod(linux=shared)
+    one = node.start_container(pod, "sleep", "1234", linux=shared)
+    two = node.start_container(pod, "sh", "-c", "(sleep 0.1 &); exec sleep 5678", linux=shared)
+    assert "sleep 5678" in node.execute(one, "ps")
+    assert "sleep 1234" in node.execute(two, "ps")
+    node.crictl("stop", "-t", "1", one)
+    assert "sleep 1234" not in node.execute(two, "ps")
+    assert "Z" not in node.execute(two, "ps", "-o", "stat")
+    own = node.start_container(pod, "sleep", "99")
+    assert node.execute(own, "cat", "/proc/1/cmdline") == "sleep\0" + "99\0"

@@ -191,6 +191,7 @@ class Guest:
                 dns=dns,
                 storages=storages,
                 sandbox_id=self._id,
+                sandbox_pidns=True,  # the agent makes one, if containers want to share it
                 guest_hook_path=self._config.hypervisor.guest_hook_path,
                 kernel_modules=[_module(text) for text in self._config.agent.kernel_modules],
             ),

@@ -133,6 +133,21 @@ async def test_a_shared_pid_namespace_is_the_first_containers(guest: Any) -> Non
     assert await guest.read("c2") == b"1\n"
 
 
+async def test_a_shared_pid_namespace_without_a_pause_container(guest: Any) -> None:
+    await guest.call.CreateSandbox(pb.CreateSandboxRequest(sandbox_pidns=True), timeout=20)
+    await guest.run("c1", "sh", "-c", "echo $$")
+    assert await guest.read("c1") == b"1\n", "one of its own"
+    await guest.run("c2", "sleep", "1234", sandbox_pidns=True)
+    await guest.run("c3", "sh", "-c", "cat /proc/*/cmdline", sandbox_pidns=True)
+    assert b"sleep\x001234" in await guest.read("c3")
+    # Orphans end without a trace, and number 1 stays whatever it is told.
+    script = "(sleep 0.1 & ); kill 1; kill -9 1; sleep 0.5; grep -l '(zombie)' /proc/*/status"
+    await guest.run("c4", "sh", "-c", script, sandbox_pidns=True)
+    assert await guest.wait("c4") == 1, "no zombie"
+    await guest.run("c5", "cat", "/proc/1/comm", sandbox_pidns=True)
+    assert await guest.read("c5") == b"sleep\n"
+
+
 async def test_a_program_that_is_not_there(guest: Any) -> None:
     before = guest.descriptors()
     with pytest.raises(RpcError) as caught:
