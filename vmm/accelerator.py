@@ -58,10 +58,19 @@ def choose(
     return found.accelerator
 
 
+def is_guest(cpuinfo: Path = CPUINFO) -> bool:
+    """This host is a virtual machine itself: its KVM, if any, is nested."""
+    return "hypervisor" in _cpu_flags(cpuinfo)
+
+
 def _cpu_virtualises(cpuinfo: Path) -> bool:
+    return not _VIRTUALISATION_FLAGS.isdisjoint(_cpu_flags(cpuinfo))
+
+
+def _cpu_flags(cpuinfo: Path) -> list[str]:
     try:
         text = cpuinfo.read_text()
     except OSError:
-        return False
+        return []
     flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    return flags is not None and not _VIRTUALISATION_FLAGS.isdisjoint(flags.group(1).split())
+    return flags.group(1).split() if flags is not None else []

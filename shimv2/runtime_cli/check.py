@@ -107,7 +107,8 @@ def kvm(config: Config, host: Host) -> Finding:
     if found.accelerator is Accelerator.KVM:
         if wanted == "tcg":
             return Finding(name, State.OK, 'usable, but accelerator = "tcg" is configured')
-        return Finding(name, State.OK, f"usable: {found.reason}")
+        nested = " (nested: this host is a VM itself)" if accelerator.is_guest(host.cpuinfo) else ""
+        return Finding(name, State.OK, f"usable: {found.reason}{nested}")
     if not host.kvm.exists():
         why = f"absent ({host.kvm} does not exist)"
         remedy = "enable virtualisation in the firmware, then: modprobe kvm_intel or kvm_amd"
@@ -168,9 +169,14 @@ def asset(name: str, path: Path) -> Finding:
 def vsock(config: Config, host: Host) -> Finding:
     """The kernel's vhost-vsock: present, loadable, or absent."""
     name, wanted = "vhost-vsock", config.hypervisor.vsock
-    if host.vhost_vsock.exists():
-        if os.access(host.vhost_vsock, os.R_OK | os.W_OK):
-            return Finding(name, State.OK, str(host.vhost_vsock))
+    try:  # systemd makes the node; opening it loads the module
+        os.close(os.open(host.vhost_vsock, os.O_RDWR | os.O_CLOEXEC))
+        return Finding(name, State.OK, str(host.vhost_vsock))
+    except PermissionError:
+        denied = True
+    except OSError:
+        denied = False
+    if denied:
         detail, remedy = f"{host.vhost_vsock}: no permission", "run as root"
     elif any(host.modules.glob("kernel/drivers/vhost/vhost_vsock.ko*")):
         detail, remedy = "not loaded, but loadable", "modprobe vhost_vsock"

@@ -44,6 +44,12 @@ def test_kvm_usable(host):
     assert (found.state, found.detail[:6]) == (State.OK, "usable")
 
 
+@pytest.mark.parametrize(("flags", "nested"), [("svm", False), ("hypervisor svm", True)])
+def test_kvm_nested_or_not(host, flags, nested):
+    host.cpuinfo.write_text(f"flags\t\t: fpu {flags}\n")
+    assert ("nested" in check.kvm(config(), host).detail) is nested
+
+
 def test_kvm_present_but_useless(host):
     host.cpuinfo.write_text(USELESS)
     found = check.kvm(config(), host)
@@ -126,6 +132,21 @@ def test_vsock(host):
     assert (found.state, found.remedy) == (State.FALLBACK, "modprobe vhost_vsock")
     host.vhost_vsock.touch()
     assert check.vsock(config(), host).state is State.OK
+
+
+def test_vsock_whose_module_does_not_load(host):
+    """systemd makes the node at boot, from what modules there are for the kernel."""
+    host.vhost_vsock.symlink_to("/dev/nonesuch")
+    assert check.vsock(config(), host).state is State.FALLBACK
+
+
+def test_vsock_without_permission(host, monkeypatch):
+    def refuse(path, flags, *rest):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    found = check.vsock(config(), host)
+    assert (found.state, found.remedy) == (State.FALLBACK, "run as root")
 
 
 def test_assets(tmp_path):
