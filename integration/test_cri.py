@@ -92,3 +92,12 @@ def test_a_shared_pid_namespace(node: CriNode) -> None:
     assert "Z" not in node.execute(two, "ps", "-o", "stat")
     own = node.start_container(pod, "sleep", "99")
     assert node.execute(own, "cat", "/proc/1/cmdline") == "sleep\0" + "99\0"
+
+
+def test_sysctls_of_the_pod(node: CriNode) -> None:
+    sysctls = {"net.core.somaxconn": "321", "kernel.shm_rmid_forced": "1"}
+    pod = node.run_pod(linux={"sysctls": sysctls})
+    container = node.start_container(pod, "sleep", "1000")
+    for name, value in sysctls.items():
+        path = "/proc/sys/" + name.replace(".", "/")
+        assert node.execute(container, "cat", path).strip() == value

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from agent.api import agent_pb2
+from agent.api import agent_pb2, oci_pb2
 from shimv2.api import task_events_pb2, task_types_pb2
 from shimv2.guest_spec import guest_spec, process_from_json, resources_from_json
 from shimv2.hooks import ContainerState, run_hooks
@@ -25,7 +25,7 @@ from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
     from shimv2.guest import Guest
-    from shimv2.life import Life
+    from shimv2.life import Life, Origin
     from shimv2.sandbox import Sandbox
 
 log = logging.getLogger("container")
@@ -33,6 +33,7 @@ log = logging.getLogger("container")
 _PROCESS_TYPE = "opencontainers/runtime-spec/1/Process"
 _RESOURCES_TYPE = "opencontainers/runtime-spec/1/LinuxResources"
 
+_RESOLV_CONF = "/etc/resolv.conf"
 _SIGKILL = 9
 _SIGNAL_LIMIT = 64
 _EXEC_WAIT = 1.0  # seconds that the exit of init waits for its execs to report theirs
@@ -90,6 +91,7 @@ class Container:
                 mounts=shared.mounts,
                 seccomp=not life.origin.config.runtime.disable_guest_seccomp,
             )
+            _complete(converted.message, life.origin)
             if converted.lost:
                 log.warning("not carried to the guest: %s", ", ".join(converted.lost))
             limit = life.origin.config.runtime.create_container_timeout or _CREATE_LIMIT
@@ -433,3 +435,15 @@ class Container:
                 state,
                 mount_namespace=self._sandbox.settings.host_mounts,
             )
+
+
+def _complete(spec: oci_pb2.Spec, origin: Origin) -> None:
+    """Add what belongs to the pod and the engine did not repeat for its container."""
+    for name, value in origin.sysctls:
+        if name not in spec.Linux.Sysctl:
+            spec.Linux.Sysctl[name] = value
+    # The Sandbox API's sandboxes have no files on the host that could be mounted.
+    if origin.dns and all(mount.destination != _RESOLV_CONF for mount in spec.Mounts):
+        spec.Mounts.add(
+            destination=_RESOLV_CONF, type="bind", source=_RESOLV_CONF, options=["rbind", "ro"]
+        )

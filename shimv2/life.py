@@ -34,6 +34,7 @@ class Origin:
         netns: path of the pod's network namespace, "" for one of our own.
         cgroups_path: the OCI spec's, "" for none.
         dns: lines of the pod's resolv.conf.
+        sysctls: (name, value) that hold for every container.
         storages: of CreateSandbox: the share and the pod's /dev/shm.
     """
 
@@ -42,6 +43,7 @@ class Origin:
     hostname: str
     cgroups_path: str
     dns: tuple[str, ...]
+    sysctls: tuple[tuple[str, str], ...]
     storages: tuple[agent_pb2.Storage, ...]
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,9 +18,9 @@ from typing import Any, Self
 import trio
 from google.protobuf import timestamp_pb2
 
+from shimv2 import pod_config, volumes
 from shimv2 import spec as oci
-from shimv2 import volumes
-from shimv2.api import cri_pb2, task_events_pb2
+from shimv2.api import task_events_pb2
 from shimv2.bootstrap import config_path_of
 from shimv2.config import apply_annotations, load_config
 from shimv2.container import Container
@@ -135,6 +134,7 @@ class Sandbox:
             hostname=spec.hostname,
             cgroups_path=spec.cgroups_path,
             dns=tuple(volumes.dns_lines(spec)),
+            sysctls=tuple(spec.sysctls.items()),
             storages=tuple(volumes.sandbox_storages(spec)),
         )
 
@@ -211,9 +211,10 @@ class Sandbox:
         """CreateSandbox: the netns path comes only with this call."""
         if self._life is not None or self._by_api:
             raise RpcError(Code.ALREADY_EXISTS, f"sandbox {self.id!r} already exists")
-        spec = _sandbox_spec(Path(request.bundle_path or self.settings.bundle), request)
+        bundle = Path(request.bundle_path or self.settings.bundle)
+        origin = self._origin(pod_config.sandbox_spec(bundle, request), self.settings.options)
         self._by_api = True
-        self._launch(self._origin(spec, self.settings.options))
+        self._launch(replace(origin, dns=tuple(pod_config.resolver_lines(request))))
 
     async def start_sandbox(self) -> None:
         """StartSandbox: returns when the guest is up."""

@@ -99,6 +99,7 @@ class Spec:
         rootfs: absolute path on the host, None where there is no ``root``.
         namespaces: type → path, "" for a new one; a type that is missing is the host's.
         cgroups_path: ``linux.cgroupsPath``, may be empty.
+        sysctls: ``linux.sysctl``.
     """
 
     def __init__(self, document: object, bundle: Path) -> None:
@@ -121,6 +122,7 @@ class Spec:
         self.rootfs = self._rootfs(root.node("root"))
         linux = root.node("linux") or _Node({}, "linux")
         self.cgroups_path = linux.text("cgroupsPath")
+        self.sysctls = linux.text_map("sysctl")
         if "\0" in self.cgroups_path or ".." in self.cgroups_path.split("/"):
             raise _bad("linux.cgroupsPath", self.cgroups_path, "must not climb with '..'")
         self.namespaces = {
