@@ -22,14 +22,14 @@ export PATH := $(CACHE)/go/toolchain/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports deps-test \
-        unit integration test go bench proto docs clean
+        unit integration test go bench proto docs clean kvmlab kvmlab-smoke kvmlab-shell
 .DELETE_ON_ERROR:
 
 help: ## this list
 	@echo "make TARGET [PREFIX=$(PREFIX)] [DESTDIR=] [KERNEL=build|debian]"
 	@echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) \
-	    | while IFS="$$(printf '\t')" read -r name text; do printf '  %-12s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) \
+	    | while IFS="$$(printf '\t')" read -r name text; do printf '  %-13s %s\n' "$$name" "$$text"; done
 
 run: deps guest stage ## busybox in a VM, by a containerd of our own (installs what is missing)
 	@$(PYTHON) -I tools/run.py --prefix $(STAGE) run
@@ -72,13 +72,22 @@ deps-test:
 
 test: deps-test go venv guest ## all checks and all tests, those with VMs and containerd included
 	@$(MAKE) --no-print-directory lint typecheck imports unit
-	@$(MAKE) --no-print-directory integration
+	@$(MAKE) --no-print-directory integration kvmlab-smoke
 
 unit: venv ## tests that lie beside the code
 	$(BIN)/python -m pytest $(or $(TESTS),$(TESTED))
 
 integration: go venv stage ## tests with real containerd, VMs and peers
 	$(BIN)/python -m pytest integration $(TESTS)
+
+kvmlab: go venv guest ## tests with KVM and vhost-vsock, in an emulated machine that has both
+	$(BIN)/python -m integration.kvmlab run $(TESTS)
+
+kvmlab-smoke: venv guest ## the short part of it
+	$(BIN)/python -m integration.kvmlab smoke
+
+kvmlab-shell: venv guest ## a shell in that machine
+	$(BIN)/python -m integration.kvmlab shell
 
 lint: venv ## ruff
 	$(BIN)/ruff check .
@@ -90,6 +99,7 @@ fmt: venv ## let ruff format and mend
 
 typecheck: venv ## mypy, strict
 	$(BIN)/mypy $(ROOMS) integration/lib integration/bench tools/install.py tools/run.py
+	MYPYPATH=rootfs-builder $(BIN)/mypy integration/kvmlab
 	cd rootfs-builder && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml guestbuild
 
 imports: venv ## which package may know which

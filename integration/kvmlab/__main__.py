@@ -23,16 +23,17 @@ from integration.lib.images import cache_dir  # noqa: E402
 RESULTS = TREE / "build/kvmlab"
 INSIDE = "/product/tree"
 PREPARE = "integration/kvmlab/files/prepare.sh"
-SMOKE = ["integration/kvmlab/suite/smoke.py"]
-EVERYTHING = [
-    *("integration/kvmlab/suite", "-k", "not nothing"),
-]
+_SUITE = "integration/kvmlab/suite"
+SMOKE = [f"{_SUITE}/smoke.py"]
+EVERYTHING = [f"{_SUITE}/{name}.py" for name in ("smoke", "check", "channels", "cgroups")]
+EVERYTHING += ["integration/test_run.py", "integration/test_faults.py", "-k", "not go and not slow"]
 ENVIRONMENT = {
     "PYTHONPATH": f"/product/site:{INSIDE}",
     "PYTHONPYCACHEPREFIX": "/var/cache/pyc",
     "PYKATA_CACHE": "/var/cache/pykata",
     "PYKATA_PREFIX": "/usr/local",
     "PYKATA_LAB": "1",
+    "HYPOTHESIS_STORAGE_DIRECTORY": "/var/cache/hypothesis",
     "LC_ALL": "C.UTF-8",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
 }

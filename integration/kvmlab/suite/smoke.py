@@ -9,8 +9,6 @@ import os
 import subprocess
 from pathlib import Path
 
-import pytest
-
 from integration.kvmlab.suite.system import (
     VHOST_VSOCK,
     command_line,
@@ -48,13 +46,13 @@ def test_a_cold_start_exec_and_kill(kata: Kata) -> None:
     kata.ctr("container", "rm", container_id)
     left = left_by(kata.mark)
     assert not left, f"left behind: {left}"
-    assert modules()["vhost_vsock"] == 0, "somebody holds /dev/vhost-vsock"
+    # The kernel keeps a closed socket for 8 s if the guest has not answered its end.
+    wait_until(lambda: modules()["vhost_vsock"] == 0, 15, "nobody holds /dev/vhost-vsock")
     assert not Path(f"/proc/{vmm}").exists()
 
 
-@pytest.mark.parametrize("size", [3 << 20])
-def test_what_goes_in_comes_out(kata: Kata, size: int) -> None:
-    data = os.urandom(size).hex().encode()
+def test_what_goes_in_comes_out(kata: Kata) -> None:
+    data = os.urandom(2 << 20).hex().encode()
     done = kata.run("sh", "-c", "cat; exit 3", input=data, check=False)
     assert done.returncode == 3
     assert done.stdout.encode() == data
