@@ -29,7 +29,7 @@ from shimv2.timeline import Timeline
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
-from vmm.hypervisor import Device, DeviceAddress, Placement
+from vmm.hypervisor import Device, DeviceAddress, Handover, Placement
 from vmm.vsock import VsockChannel, VsockConnection, VsockRefused
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Guest:
         placement: the pod's network namespace and the sandbox's cgroups.
         timeline: gets a mark at each phase of the boot.
         on_process: called with (name, pid) for each helper as soon as it runs.
+        pooled: see `Machine`.
     """
 
     def __init__(
@@ -74,12 +75,18 @@ class Guest:
         placement: Placement,
         timeline: Timeline,
         on_process: Callable[[str, int], None],
+        pooled: bool = False,
     ) -> None:
         self._config = config
         self._id = sandbox_id
         self._timeline = timeline
         self._machine = Machine(
-            config, sandbox_id, placement=placement, timeline=timeline, on_process=on_process
+            config,
+            sandbox_id,
+            placement=placement,
+            timeline=timeline,
+            on_process=on_process,
+            pooled=pooled,
         )
         self._stack = contextlib.AsyncExitStack()
         self._nursery: trio.Nursery
@@ -115,18 +122,14 @@ class Guest:
         """Start everything and create the sandbox in the guest.
 
         Args:
-            templates: where to look for one to clone.
+            templates: where to look for a VM that is ready, or one to clone.
 
         Raises:
-            CloneError: there is a template, but it is of no use; another Guest may boot.
+            CloneError: there is one, but it is of no use; another Guest may boot.
             VmmError: names what could not be started, with its last lines of stderr.
             RpcError: the agent refused the sandbox.
         """
-        if templates is not None and await templates.clone(self._machine):
-            try:
-                await self._connect(_CLONE_LIMIT)
-            except VmmError as error:
-                raise templates.failed(error) from error
+        if templates is not None and await self._continue_one(templates):
             async with concurrently() as nursery:
                 nursery.start_soon(self.become_another)
                 await self._create_sandbox(storages, hostname, dns)
@@ -138,6 +141,50 @@ class Guest:
         self._nursery.start_soon(self._watch_health)
         self._nursery.start_soon(self._keep_time)
         await self._machine.channel.serve_hybrid(vm_dir(self._id) / "hybrid.sock")
+
+    async def _continue_one(self, templates: Templates) -> bool:
+        """Go on with a VM that was booted before; False if there is none."""
+        found = await templates.take(self._machine, self._id)
+        if not found and templates.may_clone:
+            found = await templates.clone(self._machine)
+        if not found:
+            return False
+        try:
+            await self._connect(_CLONE_LIMIT)
+        except VmmError as error:
+            raise templates.failed(error) from error
+        return True
+
+    async def boot_bare(self, templates: Templates) -> None:
+        """Go on with a clone up to an agent that answers, for the VM cache.
+
+        Raises:
+            VmmError: there is no template, or it can't be used.
+        """
+        if not await templates.clone(self._machine):
+            raise VmmError("there is no template to clone")
+        await self._connect(_CLONE_LIMIT)
+
+    async def put_aside(self) -> None:
+        """The guest of `boot_bare` waits for its next owner."""
+        await self._machine.put_aside()
+
+    def release(self) -> Handover:
+        """Give the VM of `put_aside` away; it is of no further use here.
+
+        Raises:
+            VmmError: it is gone.
+        """
+        return self._machine.vm.release()
+
+    @property
+    def pid(self) -> int:
+        """The VMM's.  Raises VmmGoneError."""
+        return self._machine.vm.pid
+
+    async def wait_vm_gone(self) -> None:
+        """Until the VMM has ended."""
+        await self._machine.vm.wait()
 
     async def boot_template(self) -> None:
         """Start what can be saved, up to an agent that answers and no sandbox in it.
@@ -159,6 +206,8 @@ class Guest:
         self._nursery.start_soon(self._watch, "the VMM", machine.vm.wait)
         if machine.daemon is not None:
             self._nursery.start_soon(self._watch, "virtiofsd", machine.daemon.wait)
+        if machine.holder is not None:
+            self._nursery.start_soon(self._watch, "the namespace holder", machine.holder.wait)
         self._client = await self._connect_agent(machine.channel, limit)
         self._nursery.start_soon(self._watch, "the agent's connection", self._client.wait_closed)
         self._timeline.mark("agent-connected")

@@ -126,11 +126,13 @@ class Life:
             sandbox.remember_cgroups(placement.cgroup_dirs)
             sandbox.share.open()
             templates = _templates(origin.config)
-            try:
-                return await self._live_in(placement, templates)
-            except CloneError as error:
-                log.warning("%s", error)
-            return await self._live_in(placement, None)
+            while True:
+                try:
+                    return await self._live_in(placement, templates)
+                except CloneError as error:
+                    log.warning("%s", error)
+                    assert templates is not None
+                    templates = templates.what_is_left()
 
     async def _live_in(self, placement: SandboxPlacement, templates: Templates | None) -> str:
         origin, sandbox = self.origin, self._sandbox
@@ -167,7 +169,7 @@ class Life:
 
 
 def _templates(config: Config) -> Templates | None:
-    if not config.factory.enable_template:
+    if not config.factory.enable_template and not config.factory.vm_cache_number:
         return None
     from shimv2.factory.templates import Templates, possible
 

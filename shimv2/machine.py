@@ -26,10 +26,12 @@ from vmm.hypervisor import (
     ConsoleDevice,
     Device,
     FsDevice,
+    Handover,
     Hypervisor,
     Placement,
     RngDevice,
 )
+from vmm.process import HelperProcess
 from vmm.qemu.driver import Qemu
 from vmm.template import Template
 from vmm.virtiofsd import Virtiofsd
@@ -37,6 +39,8 @@ from vmm.vsock import VsockChannel, open_channel
 from vmm.vsock.vhost import FIRST_CID
 
 log = logging.getLogger("guest")
+
+_HOLDER = ("/bin/sleep", "infinity")
 
 
 class CloneError(VmmError):
@@ -52,10 +56,12 @@ class Machine:
         placement: the pod's network namespace and the sandbox's cgroups.
         timeline: gets a mark at each phase.
         on_process: called with (name, pid) for each helper as soon as it runs.
+        pooled: it is made for the VM cache: without a share, and to be handed over.
 
     Attributes:
         channel: None before the start.
         daemon: virtiofsd, or None without a share.
+        holder: a process in the pod's network namespace, where the VMM is not in it.
         launched: devices can be plugged; the guest need not run yet.
     """
 
@@ -67,6 +73,7 @@ class Machine:
         placement: Placement,
         timeline: Timeline,
         on_process: Callable[[str, int], None],
+        pooled: bool = False,
     ) -> None:
         self._config = config
         self._id = sandbox_id
@@ -78,7 +85,9 @@ class Machine:
         self._nursery: trio.Nursery
         self._vm: Hypervisor | None = None
         self._channel: VsockChannel | None = None
+        self._pooled = pooled
         self.daemon: Virtiofsd | None = None
+        self.holder: HelperProcess | None = None
         self.launched = trio.Event()
 
     async def __aenter__(self) -> Self:
@@ -118,7 +127,7 @@ class Machine:
         if self._channel is not None:
             self._channel.mark_gone(reason)
 
-    # --- three ways to start ----------------------------------------------------------------
+    # --- the ways to start ----------------------------------------------------------------
 
     async def boot(self) -> None:
         """From power on, all devices there at once.
@@ -161,6 +170,55 @@ class Machine:
         await vm.resume()
         self._started(vm)
 
+    async def adopt(self, handover: Handover) -> None:
+        """From the VM cache: it is there, paused, with our name on its state directory.
+
+        Raises:
+            VmmError: it was lost, or can't have this sandbox's devices.
+        """
+        config = vm_config(self._config, self._id, self._placement, clonable=True, kept=True)
+        vm: Hypervisor = await self._stack.enter_async_context(Qemu(config))
+        self._vm = vm
+        await vm.check()
+        await vm.adopt(handover)
+        self._move_in(handover.pids)
+        channel = await self._open_channel()
+        devices: list[Device] = [channel.device]
+        if self._shares:
+            devices.append(await self._open_virtiofsd())
+            await self._start_virtiofsd()
+        self._timeline.kind = "cache"
+        self._timeline.mark("prepared")
+        self.launched.set()
+        for device in devices:
+            await vm.add_device(device)
+        await vm.resume()
+        self._started(vm)
+        self._start_holder()
+
+    def _move_in(self, pids: tuple[int, ...]) -> None:
+        """Into the sandbox's cgroups; what the VM has used so far stays with the cache's."""
+        for procs in self._placement.cgroup_procs:
+            for pid in pids:
+                try:
+                    procs.write_text(str(pid))
+                except OSError as error:
+                    raise VmmError(f"cgroup {procs}: {error.strerror}") from error
+
+    def _start_holder(self) -> None:
+        """Whoever asks for the sandbox's process looks for the pod's network in it."""
+        self.holder = HelperProcess(_HOLDER, name="namespace holder", placement=self._placement)
+        self.holder.start(self._nursery)
+        self._on_process("holder", self.holder.pid)
+
+    async def put_aside(self) -> None:
+        """Take away what belongs to this process, and stop the guest: `release` may follow."""
+        device = self.channel.device
+        await self.vm.remove_device(device.id)
+        await self.vm.pause()
+        if device.socket is not None:  # its place is the next owner's
+            device.socket.unlink(missing_ok=True)
+
     async def boot_template(self) -> None:
         """After `prepare`; with nothing that could not be saved but the channel, which goes in
         `save`."""
@@ -171,13 +229,14 @@ class Machine:
 
     async def save(self, directory: Path) -> None:
         """Stop the guest where it is and write it down; `boot_template` came before."""
-        await self.vm.remove_device(self.channel.device.id)
-        await self.vm.pause()
+        await self.put_aside()
         await self.vm.save(directory)
 
     async def prepare(self, *, clonable: bool) -> Hypervisor:
         """A VM with the devices that all ways of starting have in common, checked, not running."""
-        config = vm_config(self._config, self._id, self._placement, clonable=clonable)
+        config = vm_config(
+            self._config, self._id, self._placement, clonable=clonable, kept=self._pooled
+        )
         vm: Hypervisor = await self._stack.enter_async_context(Qemu(config))
         self._vm = vm
         await vm.prepare()
@@ -192,7 +251,7 @@ class Machine:
 
     @property
     def _shares(self) -> bool:
-        return self._config.hypervisor.shared_fs != "none"
+        return self._config.hypervisor.shared_fs != "none" and not self._pooled
 
     async def _open_channel(self) -> VsockChannel:
         # Nothing but our own device looks at its CID; still no two guests have the same.

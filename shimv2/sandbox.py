@@ -173,7 +173,7 @@ class Sandbox:
 
     def remember_process(self, name: str, pid: int) -> None:
         """A helper that `delete` must find should this shim be killed."""
-        if name == "vmm":
+        if name in ("vmm", "holder"):  # the holder comes later, where the VMM is elsewhere
             self.pid = pid
         self._record.add_process(name, pid)
         self._record.save()
@@ -380,42 +380,6 @@ class Sandbox:
                 container_id = await guest.next_oom()
                 if container_id in self.containers:
                     self.events.publish(task_events_pb2.TaskOOM(container_id=container_id))
-
-
-def _sandbox_spec(bundle: Path, request: Any) -> oci.Spec:
-    """The spec of a sandbox without a container: config.json may be absent or nearly empty.
-
-    Args:
-        request: the CreateSandboxRequest; what it says goes before config.json.
-    """
-    try:
-        document = dict(oci.load(bundle).json)
-    except FileNotFoundError:
-        document = {}
-    document["annotations"] = {
-        **(document.get("annotations") or {}),
-        **dict(request.annotations),
-    }
-    linux = dict(document.get("linux") or {})
-    pod = cri_pb2.PodSandboxConfig()
-    # containerd's type URLs are bare names, which Any.Unpack() does not take.
-    if request.options.type_url.rpartition("/")[2] == pod.DESCRIPTOR.full_name:
-        pod.ParseFromString(request.options.value)
-        document["hostname"] = pod.hostname or document.get("hostname") or ""
-        if pod.linux.cgroup_parent:
-            linux["cgroupsPath"] = _cgroups_path(pod.linux.cgroup_parent, request.sandbox_id)
-    if request.netns_path:
-        others = [n for n in linux.get("namespaces") or [] if n.get("type") != "network"]
-        linux["namespaces"] = [*others, {"type": "network", "path": request.netns_path}]
-    document["linux"] = linux
-    return oci.Spec(document, bundle)
-
-
-def _cgroups_path(parent: str, sandbox_id: str) -> str:
-    """As containerd's CRI plugin makes it for a sandbox that has a container."""
-    if parent.endswith(".slice"):
-        return f"{os.path.basename(parent)}:cri-containerd:{sandbox_id}"
-    return f"{parent}/{sandbox_id}"
 
 
 def _timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:

@@ -22,12 +22,18 @@ def virtiofs_socket(sandbox_id: str) -> Path:
 
 
 def vm_config(
-    config: Config, sandbox_id: str, placement: Placement, *, clonable: bool = False
+    config: Config,
+    sandbox_id: str,
+    placement: Placement,
+    *,
+    clonable: bool = False,
+    kept: bool = False,
 ) -> VmConfig:
     """The size and files of the VM, before any container asked for more.
 
     Args:
         clonable: it becomes a template, or is cloned from one.
+        kept: it comes from the VM cache, or waits there.
     """
     hypervisor = config.hypervisor
     host_cpus = os.cpu_count() or 1
@@ -59,6 +65,7 @@ def vm_config(
         mem_prealloc=hypervisor.enable_mem_prealloc,
         accelerator=Accelerator(hypervisor.accelerator),
         generation_id=clonable,
+        kept=kept,
         seccomp=hypervisor.seccompsandbox,
         debug=hypervisor.enable_debug,
         placement=placement,

@@ -37,6 +37,7 @@ UNWANTED_OF_DEPENDENCIES = ("bin", "__pycache__", "tests", "_tests", "_core/_tes
 LAUNCHERS = {
     "containerd-shim-kata-v2": "shimv2.cli",
     "kata-runtime": "shimv2.runtime_cli",
+    "kata-vm-cache": "shimv2.factory.service",
 }
 LAUNCHER = """\
 #!{python} -IS

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 
 class Accelerator(enum.Enum):
@@ -70,6 +70,7 @@ class VmConfig:
         accelerator: AUTO detects; asking for KVM where it can't work is an error.
         generation_id: a device that tells the guest's kernel when it goes on as a clone
             (vmgenid), where the VMM has one.
+        kept: its VMM can be handed over to another process (`Hypervisor.release`).
         seccomp: VMM-specific sandbox policy; "" means the driver's strictest.
         placement: see `Placement`.
     """
@@ -96,6 +97,7 @@ class VmConfig:
     mem_prealloc: bool = False
     accelerator: Accelerator = Accelerator.AUTO
     generation_id: bool = False
+    kept: bool = False
     seccomp: str = ""
     debug: bool = False
     placement: Placement = field(default_factory=Placement)
@@ -247,6 +249,21 @@ class VmExit:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """A running VM on its way from one process to another.
+
+    Attributes:
+        facts: JSON values that only the driver reads.
+        descriptors: to be passed along in this order; whoever has the object closes them.
+        pids: of the VMM and its keeper, to be moved into the next owner's cgroups.
+    """
+
+    facts: Mapping[str, Any]
+    descriptors: tuple[int, ...]
+    pids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class VmMetrics:
     """Figures about the VMM process, read from the host; the guest can't influence their type."""
 
@@ -382,6 +399,16 @@ class Hypervisor(abc.ABC):
         Raises:
             VmmError: the files are missing, damaged, or of another VM; nothing runs then.
         """
+
+    @abc.abstractmethod
+    def release(self) -> Handover:
+        """Give a VM of a `kept` configuration away.  It runs on, or stays paused; this object is
+        of no further use, and the state directory is the next owner's to move and remove."""
+
+    @abc.abstractmethod
+    async def adopt(self, handover: Handover) -> None:
+        """Instead of `start`, after `check`: become the owner of a VM that another process
+        released.  The descriptors are the driver's from here on.  `state_dir` is in place."""
 
     @abc.abstractmethod
     def fingerprint(self, extra: str = "") -> str:

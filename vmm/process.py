@@ -112,6 +112,8 @@ class HelperProcess:
         self._placement = placement or Placement()
         self._pass_fds = tuple(pass_fds)
         self._popen: subprocess.Popen[bytes] | None = None
+        self._pid = 0
+        self._returncode: int | None = None
         self._pidfd = -1
         self._pipe = -1
         self._ended = trio.Event()
@@ -120,18 +122,18 @@ class HelperProcess:
     @property
     def pid(self) -> int:
         """Process id; after the end it may belong to another process."""
-        if self._popen is None:
+        if not self._pid:
             raise VmmError(f"{self.name} was not started")
-        return self._popen.pid
+        return self._pid
 
     @property
     def returncode(self) -> int | None:
         """Exit status, negative for a signal, None while it runs (or was never started)."""
-        return self._popen.returncode if self._popen is not None and self.ended else None
+        return self._returncode
 
     @property
     def started(self) -> bool:
-        return self._popen is not None
+        return self._pid != 0
 
     @property
     def ended(self) -> bool:
@@ -150,22 +152,25 @@ class HelperProcess:
         self._pipe = read_end
         os.set_blocking(read_end, False)
         try:
-            self._popen = self._spawn(write_end)
+            self._pid = self._spawn(write_end)
         except BaseException:
             os.close(read_end)
             self._pipe = -1
             raise
         finally:
             os.close(write_end)
-        self._pidfd = os.pidfd_open(self._popen.pid)
+        self._pidfd = os.pidfd_open(self._pid)
+        self._start_tasks(nursery)
+
+    def _start_tasks(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._read_output, name=f"{self.name} output")
         nursery.start_soon(self._watch, name=f"{self.name} watch")
 
     async def wait(self) -> int:
         """Return the exit status (negative for a signal) once the process was reaped."""
         await self._ended.wait()
-        assert self._popen is not None
-        return int(self._popen.returncode)
+        assert self._returncode is not None
+        return self._returncode
 
     def send_signal(self, signum: int) -> None:
         """Signal the process unless it has ended; never hits a recycled pid."""
@@ -177,9 +182,9 @@ class HelperProcess:
 
     async def kill(self) -> None:
         """SIGKILL and reap, also under cancellation.  Idempotent."""
-        if self._popen is None:
+        if not self._pid:
             return
-        self._kill_group()
+        self._kill_all()
         with trio.CancelScope(shield=True):
             await self._ended.wait()
 
@@ -198,7 +203,12 @@ class HelperProcess:
         text = self.output.text()
         return f"{how}:\n{text}" if text else how
 
-    def _spawn(self, output_fd: int) -> subprocess.Popen[bytes]:
+    def _spawn(self, output_fd: int) -> int:
+        """Run the program; returns its pid."""
+        self._popen = self._popen_on(output_fd)
+        return self._popen.pid
+
+    def _popen_on(self, output_fd: int) -> subprocess.Popen[bytes]:
         with ExitStack() as opened:
             netns_fd = -1
             if self._placement.netns is not None:
@@ -261,19 +271,23 @@ class HelperProcess:
             await trio.lowlevel.wait_readable(self._pidfd)
         finally:
             with trio.CancelScope(shield=True):
-                self._kill_group()
+                self._kill_all()
                 await trio.lowlevel.wait_readable(self._pidfd)
             self._reap()
 
-    def _kill_group(self) -> None:
+    def _kill_all(self) -> None:
         """The process and what it forked; its pid names the group until it is reaped."""
-        if self._pidfd >= 0 and self._popen is not None:
+        if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._popen.pid, signal.SIGKILL)
+                os.killpg(self._pid, signal.SIGKILL)
+
+    def _take_status(self) -> int:
+        """The exit status of the process, which has ended."""
+        assert self._popen is not None
+        return self._popen.wait()
 
     def _reap(self) -> None:
-        assert self._popen is not None
-        self._popen.wait()  # returns at once: the pidfd is readable
+        self._returncode = self._take_status()
         trio.lowlevel.notify_closing(self._pidfd)
         os.close(self._pidfd)
         self._pidfd = -1

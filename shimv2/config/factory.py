@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from .keys import Section, Support, key
+from .keys import Section, key
 
 
 class FactoryConfig(Section):
@@ -14,7 +14,9 @@ class FactoryConfig(Section):
     template_autocreate: bool = key(
         True, "a sandbox that finds no template has one made for the next", own=True, sample=True
     )
-    vm_cache_number: int = key(0, "VMs kept ready", low=0, high=1024, support=Support.NO)
+    vm_cache_number: int = key(
+        0, "VMs that kata-vm-cache keeps ready", low=0, high=1024, sample=True
+    )
     vm_cache_endpoint: str = key(
-        "/var/run/kata-containers/cache.sock", "socket of the cache", support=Support.NO
+        "/var/run/kata-containers/cache.sock", "socket of kata-vm-cache", sample=True
     )

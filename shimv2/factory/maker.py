@@ -57,6 +57,17 @@ async def make_quietly(config: Config) -> None:
     await make(config, lambda _text: None)
 
 
+async def exists(config: Config) -> bool:
+    """Whether the template of `config` is there, whole.
+
+    Raises:
+        VmmError: the configuration names something that can't work.
+    """
+    key = await template_key(config)
+    with TemplateStore(Path(config.factory.template_path)).find(key) as template:
+        return template is not None
+
+
 async def make(config: Config, say: Callable[[str], None]) -> str:
     """Make the template of `config`; returns its key.
 

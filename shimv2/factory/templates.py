@@ -9,6 +9,8 @@ import pickle
 import sys
 from pathlib import Path
 
+import trio
+
 from shimv2.config import Config
 from shimv2.host_process import HostProcess
 from shimv2.machine import CloneError, Machine
@@ -19,6 +21,9 @@ from vmm.qemu.driver import Qemu
 from vmm.template import TemplateStore
 
 log = logging.getLogger("factory")
+
+_CACHE_LIMIT = 2.0
+"""Seconds to wait for the VM cache, which answers in some milliseconds."""
 
 LAYOUT = 1
 """Changed when a template holds another guest state than before: devices, what was settled."""
@@ -59,6 +64,40 @@ class Templates:
         self._config = config
         self._store = TemplateStore(Path(config.factory.template_path))
         self._key = ""
+        self._cloned = False
+        self._use_cache = config.factory.vm_cache_number > 0
+        self._from_cache = False
+
+    @property
+    def may_clone(self) -> bool:
+        """Whether sandboxes of this configuration are cloned, not only taken from the cache."""
+        return self._config.factory.enable_template
+
+    async def take(self, machine: Machine, sandbox_id: str) -> bool:
+        """Let `machine` be a VM that the cache has ready; False if there is none.
+
+        Raises:
+            CloneError: there was one, but it failed.
+        """
+        self._key = await template_key(self._config)
+        if not self._use_cache:
+            return False
+        from vmm.template import handover
+
+        try:
+            with trio.fail_after(_CACHE_LIMIT):
+                found = await handover.take(
+                    self._config.factory.vm_cache_endpoint, self._key, sandbox_id
+                )
+        except (handover.HandoverError, trio.TooSlowError) as error:
+            log.info("no VM from the cache: %s", str(error) or "it does not answer")
+            return False
+        self._from_cache = True
+        try:
+            await machine.adopt(found)
+        except VmmError as error:
+            raise self.failed(error) from error
+        return True
 
     async def clone(self, machine: Machine) -> bool:
         """Start `machine` from its template; False if there is none.
@@ -66,7 +105,8 @@ class Templates:
         Raises:
             CloneError: there is one, but it failed; it is gone now.
         """
-        self._key = await template_key(self._config)
+        self._cloned = True
+        self._key = self._key or await template_key(self._config)
         with self._store.find(self._key) as template:
             if template is None:
                 return False
@@ -77,14 +117,26 @@ class Templates:
                 raise self.failed(error) from error
             return True
 
+    def what_is_left(self) -> Templates | None:
+        """After a `CloneError`: where to look next; None to boot."""
+        if not self._use_cache and self._config.factory.vm_cache_number and not self._cloned:
+            return self if self.may_clone else None
+        return None
+
     def failed(self, error: VmmError) -> CloneError:
-        """The clone that was made is of no use: its template must not be used again."""
+        """The VM that was found is of no use, nor is the template that it came from."""
+        if self._from_cache:
+            self._from_cache = self._use_cache = False
+            return CloneError(f"the VM from the cache could not be used: {error}")
         self._store.discard(self._key)
         return CloneError(f"template {self._key[:12]} could not be used and is removed: {error}")
 
     async def make_beside(self, host_mounts: int) -> None:
         """Have a process of its own make the template that was missing.  Never raises."""
-        if not self._config.factory.template_autocreate or not self._store.is_wanted(self._key):
+        factory = self._config.factory
+        if not (factory.enable_template and factory.template_autocreate):
+            return
+        if not self._store.is_wanted(self._key):
             return
         try:
             await start_maker(self._config, host_mounts)

@@ -21,8 +21,6 @@ TCG_BUFFER_MIB = 64
 """Translated code kept; QEMU's own default is an eighth of the host's memory, all of which
 a long-lived guest ends up filling."""
 
-FIRMWARE = "qboot.rom"
-
 # What a guest kernel on virtio has no use for; each costs firmware and kernel time.
 MACHINE_OPTIONS = (
     "sata=off",

@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -19,7 +17,6 @@ from typing import Self
 import trio
 
 from vmm import accelerator as accelerators
-from vmm import identity
 from vmm.errors import (
     UnsupportedError,
     VmmConfigError,
@@ -35,6 +32,7 @@ from vmm.hypervisor import (
     Device,
     DeviceAddress,
     FsDevice,
+    Handover,
     Hypervisor,
     NetDevice,
     SerialDevice,
@@ -43,10 +41,23 @@ from vmm.hypervisor import (
     VmMetrics,
     VsockDevice,
 )
+from vmm.kept_process import KeptProcess
 from vmm.process import HelperProcess
-from vmm.qemu import acpi, command_line, devices, hotplug, kernel, memory, metrics, pci, snapshot
+from vmm.qemu import (
+    acpi,
+    command_line,
+    devices,
+    fingerprint,
+    firmware,
+    hotplug,
+    kernel,
+    memory,
+    metrics,
+    pci,
+    snapshot,
+)
 from vmm.qemu.devices import Parts, kind_of
-from vmm.qemu.qmp import Event
+from vmm.qemu.qmp import Event, Greeting
 from vmm.qemu.qmp_client import QmpClient
 
 log = logging.getLogger(__name__)
@@ -84,6 +95,7 @@ class Qemu(Hypervisor):
         self._qmp: QmpClient | None = None
         self._plugger: hotplug.Plugger | None = None
         self._stopping = False
+        self._released = False
         self._shutdown_reason = ""
         self._panicked = False
         self._exit: VmExit | None = None
@@ -155,6 +167,8 @@ class Qemu(Hypervisor):
 
     async def stop(self) -> None:
         self._stopping = True
+        if self._released:
+            return
         with trio.CancelScope(shield=True):
             if self._process is not None and self._process.started:
                 await self._process.kill()
@@ -269,25 +283,51 @@ class Qemu(Hypervisor):
             await self.stop()
             raise
 
-    def fingerprint(self, extra: str = "") -> str:
-        config = self.config
-        firmware = _firmware(config)
-        boot = command_line.Boot(
-            config=replace(config, id="", state_dir=Path("/"), debug=False),
-            accelerator=self.accelerator,
-            devices=(),
-            root_ports=_count_root_ports(self._boot_devices),
-            qmp_fd=0,
-            firmware=firmware,
+    def release(self) -> Handover:
+        process, qmp = self._process, self._qmp
+        if not isinstance(process, KeptProcess) or qmp is None:
+            raise VmmError("only a running VM that was made to be kept is handed over")
+        assert qmp.greeting is not None
+        assert self._nursery is not None
+        facts = {
+            "version": list(qmp.greeting.version),
+            "root_ports": self._layout.root_ports,
+            "places": self._layout.dump(),
+            "devices": sorted(self._device_ids),
+            "pid": process.pid,
+            "keeper": process.keeper_pid,
+        }
+        descriptors = (qmp.duplicate(), *process.let_go())
+        self._released = True
+        self._nursery.cancel_scope.cancel()
+        return Handover(facts, descriptors, (process.pid, process.keeper_pid))
+
+    async def adopt(self, handover: Handover) -> None:
+        if self._nursery is None or self._accelerator is None or self._process is not None:
+            raise VmmError("adopt() needs the async with block, check() and nothing started")
+        facts = handover.facts
+        qmp_fd, *rest = handover.descriptors
+        self._layout.load(facts["places"], facts["root_ports"])
+        self._device_ids = set(facts["devices"])
+        self._process = KeptProcess.adopt(
+            facts["pid"],
+            facts["keeper"],
+            tuple(rest),
+            name="QEMU",
+            nursery=self._nursery,
+            on_line=_log_line,
         )
-        words = command_line.build(boot)
-        words += [json.dumps(part.device) for part in self._boot_parts]
-        words += [f"vcpus {config.vcpus} of {config.max_vcpus}", extra]
-        files = (config.binary, config.kernel, config.image, config.initrd, firmware)
-        words += [identity.of_file(path) for path in files if path is not None]
-        if self.accelerator is Accelerator.KVM:
-            words.append(identity.of_host_cpu())
-        return hashlib.sha256("\0".join(words).encode()).hexdigest()
+        greeting = Greeting(tuple(facts["version"]), "")
+        self._qmp = QmpClient(socket.socket(fileno=qmp_fd), self._on_event, greeting)
+        self._plugger = hotplug.Plugger(self._qmp, self.config)
+        self._nursery.start_soon(self._qmp.run, name="qmp")
+        self._nursery.start_soon(self._supervise, name="qemu supervisor")
+        await self._qmp.execute("query-status")
+
+    def fingerprint(self, extra: str = "") -> str:
+        ports = _count_root_ports(self._boot_devices)
+        parts = [part.device for part in self._boot_parts]
+        return fingerprint.fingerprint(self.config, self.accelerator, parts, ports, extra)
 
     # -- inside -------------------------------------------------------------
 
@@ -322,19 +362,20 @@ class Qemu(Hypervisor):
             devices=parts,
             root_ports=self._layout.root_ports,
             qmp_fd=theirs.fileno(),
-            firmware=_firmware(self.config),
+            firmware=firmware.choose(self.config),
             memory_fd=memory_fd,
             incoming=incoming,
             madt=self._write_madt(),
         )
         if memory_fd is not None:
             self._pass_fds.append(memory_fd)
-        self._process = HelperProcess(
+        kind = KeptProcess if self.config.kept else HelperProcess
+        self._process = kind(
             command_line.build(boot),
             name="QEMU",
             placement=self.config.placement,
             pass_fds=self._pass_fds,
-            on_line=lambda line: log.info("qemu: %s", line),
+            on_line=_log_line,
         )
         try:
             self._process.start(self._nursery)
@@ -379,7 +420,7 @@ class Qemu(Hypervisor):
             await process.wait()
             await self._qmp.wait_closed()  # events that QEMU sent last are in by then
         finally:
-            if process.ended:
+            if process.ended and not self._released:
                 self._record_exit(process)
             self._supervised.set()
 
@@ -529,6 +570,10 @@ class Qemu(Hypervisor):
         shutil.rmtree(self.config.state_dir, ignore_errors=True)
 
 
+def _log_line(line: str) -> None:
+    log.info("qemu: %s", line)
+
+
 def _is_scsi_disk(device: Device) -> bool:
     return isinstance(device, BlockDevice) and device.driver == "virtio-scsi"
 
@@ -545,20 +590,3 @@ def _check_file(what: str, path: Path) -> None:
             pass
     except OSError as error:
         raise VmmConfigError(f"{what} {path}: {error.strerror}") from error
-
-
-def _firmware(config: VmConfig) -> Path | None:
-    """The firmware to load, or None for QEMU's own choice (SeaBIOS).
-
-    qboot hands over to the kernel in a fraction of SeaBIOS's time, but stops at the ACPI tables
-    of a generation id: it has no command to write an address back.
-    """
-    if config.firmware is not None:
-        return config.firmware
-    name = "bios-256k.bin" if config.generation_id else command_line.FIRMWARE
-    for prefix in (config.binary.resolve().parent.parent, Path("/usr")):
-        for folder in ("qemu", "seabios"):
-            path = prefix / "share" / folder / name
-            if path.is_file():
-                return path
-    return None

@@ -26,7 +26,9 @@ A path is written as Kata's agents read it: slots in two hex digits from the roo
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vmm.errors import CapacityError
 
@@ -115,6 +117,15 @@ class PciLayout:
         raise CapacityError(
             f"no PCI Express port left for {device_id}: all {self.root_ports} are taken"
         )
+
+    def dump(self) -> dict[str, list[str | int]]:
+        """Who sits where, as JSON values for `load`."""
+        return {name: [p.bus, p.slot, p.path] for name, p in self._taken.items()}
+
+    def load(self, places: Mapping[str, Sequence[Any]], root_ports: int) -> None:
+        """Take over what another layout's `dump` told."""
+        self.root_ports = root_ports
+        self._taken = {name: PciSlot(*place) for name, place in places.items()}
 
     def release(self, device_id: str) -> None:
         """Give the slot back; without effect if the device has none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -33,9 +34,15 @@ class QmpClient:
     Args:
         sock: connected unix stream socket; owned from here on.
         on_event: called for each event, in order.
+        greeting: of a connection whose handshake somebody else has done.
     """
 
-    def __init__(self, sock: socket.socket, on_event: Callable[[Event], None]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        on_event: Callable[[Event], None],
+        greeting: Greeting | None = None,
+    ) -> None:
         sock.setblocking(False)
         self._socket = trio.socket.from_stdlib_socket(sock)
         self._protocol = QmpConnection()
@@ -45,7 +52,14 @@ class QmpClient:
         self._greeted = trio.Event()
         self._ready = trio.Event()
         self._closed = trio.Event()
-        self.greeting: Greeting | None = None
+        self.greeting = greeting
+        if greeting is not None:
+            self._ready.set()
+
+    def duplicate(self) -> int:
+        """A descriptor of the same connection, for another process to go on with.  No command
+        may be under way."""
+        return os.dup(self._socket.fileno())
 
     @property
     def closed(self) -> bool:
