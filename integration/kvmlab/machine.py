@@ -81,8 +81,7 @@ class Lab:
             [*launcher, *self._command(path)], stdin=subprocess.DEVNULL
         )
         try:
-            self._socket = self._connect(path)
-            self._await_hello()
+            self.attach(self._connect(path))
         except BaseException:
             self.close()
             raise
@@ -95,6 +94,20 @@ class Lab:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def attach(self, channel: socket.socket) -> None:
+        """Take the channel to the lab, and wait until somebody serves it there.
+
+        Raises:
+            LabError: nobody does; with the console's last lines.
+        """
+        self._socket = channel
+        end = time.monotonic() + BOOT_LIMIT
+        while not self.kernel:
+            for kind, body in self._receive(end):
+                if kind == wire.HELLO:
+                    self.kernel = body.decode()
+            self._check(end, "no word from its system")
 
     def close(self) -> None:
         """End the machine as if by its plug."""
@@ -171,14 +184,8 @@ class Lab:
         product = f"file={self._product},format=raw,if=none,id=product,readonly=on"
         return [
             *(QEMU, "-name", "kvmlab", "-nodefaults", "-no-user-config", "-display", "none"),
-            *(
-                "-accel",
-                f"tcg,thread=multi,tb-size={TCG_BUFFER_MIB}",
-                "-M",
-                "q35,hpet=off",
-                "-cpu",
-                CPU,
-            ),
+            *("-accel", f"tcg,thread=multi,tb-size={TCG_BUFFER_MIB}"),
+            *("-M", "q35,hpet=off", "-cpu", CPU),
             *("-smp", str(CPUS), "-m", str(MEMORY_MIB), "-no-reboot"),
             *("-kernel", str(disk.kernel), "-initrd", str(disk.initrd)),
             *("-append", _KERNEL_PARAMETERS, "-serial", f"file:{self.console}"),
@@ -201,23 +208,11 @@ class Lab:
                 self._check(end, f"QEMU's socket: {error}")
                 time.sleep(0.05)
 
-    def _await_hello(self) -> None:
-        end = time.monotonic() + BOOT_LIMIT
-        while not self.kernel:
-            for kind, body in self._receive(end):
-                if kind == wire.HELLO:
-                    self.kernel = body.decode()
-            self._check(end, "no word from its system")
-
     def _check(self, end: float, what: str) -> None:
-        assert self._process is not None
-        if self._process.poll() is not None or time.monotonic() > end:
-            lines = (
-                self.console.read_text(errors="replace").splitlines()
-                if self.console.exists()
-                else []
-            )
-            tail = "\n  ".join(lines[-25:])
+        ended = self._process is not None and self._process.poll() is not None
+        if ended or time.monotonic() > end:
+            text = self.console.read_text(errors="replace") if self.console.exists() else ""
+            tail = "\n  ".join(text.splitlines()[-25:])
             raise LabError(f"the lab does not boot ({what}); its console:\n  {tail}")
 
     def _start(
