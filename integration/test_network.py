@@ -371,6 +371,24 @@ def test_the_namespace_is_left_as_it_was(prefix: Path) -> None:
         assert not node.clean()
 
 
+@pytest.mark.parametrize("model", ["tcfilter", "macvtap"])
+def test_a_killed_shim_leaves_the_namespace_as_it_was(
+    model: str, prefix: Path, tmp_path: Path
+) -> None:
+    configuration = _configuration(
+        prefix, tmp_path, f'internetworking_model = "{model}"', "tx_rate_limiter_max_rate = 8000000"
+    )
+    with CriNode(edition_named("debian"), prefix, configuration=configuration) as node:
+        pod = node.run_pod()
+        namespace = node.netns(pod)
+        state = Path("/run/vc/sbs", pod, "state.json")
+        os.kill(json.loads(state.read_text())["processes"]["shim"][0], 9)
+        wait_until(lambda: not state.exists(), 10, "`delete` has run")
+        assert list(_links(namespace)) == ["lo", "eth0"]
+        assert _qdiscs(namespace) == {"eth0": {"noqueue"}}
+        assert not node.clean()
+
+
 def _configuration(prefix: Path, tmp_path: Path, runtime: str = "", hypervisor: str = "") -> Path:
     """The installed configuration with lines added."""
     copy = tmp_path / "configuration.toml"

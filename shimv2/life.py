@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import trio
@@ -15,6 +16,7 @@ from shimv2.guest import Guest
 from shimv2.machine import CloneError, concurrently
 from shimv2.network.pod_network import PodNetwork
 from shimv2.network.port_forward import forward_ports
+from shimv2.network.traces import Trace
 from shimv2.placement import SandboxPlacement
 from shimv2.vm_settings import network_settings
 from ttrpc.errors import Code, RpcError
@@ -137,7 +139,12 @@ class Life:
     async def _live_in(self, placement: SandboxPlacement, templates: Templates | None) -> str:
         origin, sandbox = self.origin, self._sandbox
         async with (
-            PodNetwork(placement.netns_fd, network_settings(origin.config)) as network,
+            PodNetwork(
+                placement.netns_fd,
+                network_settings(origin.config),
+                # A namespace of our own takes along what is in it.
+                partial(sandbox.remember_traces, origin.netns) if origin.netns else _no_traces,
+            ) as network,
             concurrently() as booting,
             Guest(
                 origin.config,
@@ -166,6 +173,10 @@ class Life:
                 reason = await guest.wait_lost()
                 nursery.cancel_scope.cancel()
             return reason
+
+
+def _no_traces(_: list[Trace]) -> None:
+    """Nothing has to be remembered."""
 
 
 def _templates(config: Config) -> Templates | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from shimv2.container import Container
 from shimv2.events import EventPublisher
 from shimv2.guest import Guest
 from shimv2.life import Life, Origin
+from shimv2.network.traces import Trace
 from shimv2.pause import PauseContainer
 from shimv2.process import LOST_STATUS, Process
 from shimv2.share import Share
@@ -181,6 +183,12 @@ class Sandbox:
     def remember_cgroups(self, paths: list[str]) -> None:
         """Cgroups to remove at the end, innermost first."""
         self._record.cgroups = paths
+        self._record.save()
+
+    def remember_traces(self, netns: str, traces: list[Trace]) -> None:
+        """What stands in the pod's network namespace, for `delete` to remove."""
+        self._record.netns = netns, os.stat(netns).st_ino if traces else 0
+        self._record.traces = [(t.kind, t.link, t.name) for t in traces]
         self._record.save()
 
     def start_soon(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:

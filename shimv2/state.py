@@ -58,6 +58,8 @@ class SandboxRecord:
         socket: path of the shim's ttrpc socket.
         processes: name → (pid, start time) of the shim and each helper.
         cgroups: directories to remove at the end, innermost first.
+        netns: path and inode of the pod's network namespace.
+        traces: what of us stands in there, as in `shimv2.network.traces.Trace`.
     """
 
     def __init__(self, sandbox_id: str, namespace: str, containerd: str, socket_path: str) -> None:
@@ -67,6 +69,8 @@ class SandboxRecord:
         self.socket = socket_path
         self.processes: dict[str, tuple[int, int]] = {}
         self.cgroups: list[str] = []
+        self.netns: tuple[str, int] = ("", 0)
+        self.traces: list[tuple[str, int, str]] = []
 
     @property
     def path(self) -> Path:
@@ -93,6 +97,9 @@ class SandboxRecord:
             record = cls(sandbox_id, data["namespace"], data["containerd"], data["socket"])
             record.processes = {k: (int(p), int(t)) for k, (p, t) in data["processes"].items()}
             record.cgroups = [str(path) for path in data["cgroups"]]
+            path, inode = data["netns"]
+            record.netns = str(path), int(inode)
+            record.traces = [(str(k), int(i), str(n)) for k, i, n in data["traces"]]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return record
@@ -178,11 +185,24 @@ def remove_sandbox(sandbox_id: str) -> list[str]:
             from shimv2 import cgroups
 
             left += [text for path in record.cgroups if (text := cgroups.remove(Path(path)))]
+        if record.traces:
+            left += _remove_traces(record)
         if record.socket:
             remove_socket(record.socket)
     for directory in (vm_dir(sandbox_id), share_dir(sandbox_id), sandbox_dir(sandbox_id)):
         left += remove_tree(directory)
     return left
+
+
+def _remove_traces(record: SandboxRecord) -> list[str]:
+    from shimv2.network.traces import Trace, undo_in
+
+    path, inode = record.netns
+    try:
+        undo_in(path, inode, [Trace(*trace) for trace in record.traces])
+    except OSError as error:
+        return [f"in network namespace {path}: {error}"]
+    return []
 
 
 def remove_socket(path: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +18,7 @@ from shimv2.network import links, macvtap, snapshot
 from shimv2.network import netlink as nl
 from shimv2.network.snapshot import Link, Snapshot
 from shimv2.network.tap import TapError, open_tap
+from shimv2.network.traces import Trace, undo
 
 _CHANGES = (
     nl.RTMGRP_LINK
@@ -78,10 +78,10 @@ class PodNamespace:
             wire.tap_name = name
             links.set_up(self._kernel, tap, name, link.mtu)
             if links.add_ingress(self._kernel, link.index, link.name):
-                wire.undo(lambda: links.delete_ingress(self._kernel, link.index, link.name))
+                wire.leaves("ingress", link.index, link.name)
             else:  # somebody else's, who keeps it, or of a shim that was killed
                 links.delete_redirect(self._kernel, link.index, link.name)
-                wire.undo(lambda: links.delete_redirect(self._kernel, link.index, link.name))
+                wire.leaves("redirect", link.index, link.name)
             links.add_ingress(self._kernel, tap, name)
             links.redirect(self._kernel, link.index, link.name, tap)
             links.redirect(self._kernel, tap, name, link.index)
@@ -104,7 +104,7 @@ class PodNamespace:
         try:
             wire.tap = index = self._index_of(name)
             wire.tap_name = name
-            wire.undo(lambda: links.delete(self._kernel, index, name))
+            wire.leaves("link", index, name)
             links.set_up(self._kernel, index, name, link.mtu)
             wire.fds.extend(call_inside(self._fd, lambda: macvtap.open_queues(name, queues)))
         except BaseException:
@@ -134,6 +134,7 @@ class Wire:
     Attributes:
         fds: a descriptor for each queue pair, to be given to the VMM, then `close_fds`.
         tap, link: indexes of our end and of the pod's; `tap_name` and `link_name` go with them.
+        traces: what stands in the pod's namespace because of it.
         shapes_inbound: whether frames to the VM pass our end's queue, and can be limited.
     """
 
@@ -143,11 +144,11 @@ class Wire:
         self.tap_name = self.link_name = ""
         self.shapes_inbound = False
         self._kernel = kernel
-        self._undo: list[Callable[[], None]] = []
+        self.traces: list[Trace] = []
 
-    def undo(self, work: Callable[[], None]) -> None:
-        """Add what `cut` has to do, before what was added earlier."""
-        self._undo.append(work)
+    def leaves(self, kind: str, index: int, name: str) -> None:
+        """Note a trace in the pod's namespace, to be removed before those noted earlier."""
+        self.traces.insert(0, Trace(kind, index, name))
 
     def set_mtu(self, mtu: int) -> None:
         """Follow the pod's link.
@@ -167,7 +168,7 @@ class Wire:
             links.limit_rate(self._kernel, self.tap, self.tap_name, inbound)
         if outbound:
             links.limit_rate(self._kernel, self.link, self.link_name, outbound)
-            self.undo(lambda: links.delete_rate(self._kernel, self.link, self.link_name))
+            self.leaves("rate", self.link, self.link_name)
 
     def close_fds(self) -> None:
         """The VMM has its own now.  Idempotent."""
@@ -181,11 +182,5 @@ class Wire:
             NetlinkError: the first thing that could not be undone; all were tried.
         """
         self.close_fds()
-        failure: nl.NetlinkError | None = None
-        while self._undo:
-            try:
-                self._undo.pop()()
-            except nl.NetlinkError as error:
-                failure = failure or error
-        if failure is not None:
-            raise failure
+        traces, self.traces = self.traces, []
+        undo(self._kernel, traces)

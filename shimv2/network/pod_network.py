@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -21,6 +22,7 @@ from shimv2.network import to_agent
 from shimv2.network.namespace import PodNamespace, Wire
 from shimv2.network.snapshot import Link, Snapshot
 from shimv2.network.tap import MAX_QUEUES, open_vhost_net
+from shimv2.network.traces import Trace
 from ttrpc.errors import RpcError
 from vmm.errors import VmmError
 from vmm.hypervisor import Device, DeviceAddress, NetDevice
@@ -77,10 +79,17 @@ class PodNetwork:
 
     Args:
         fd: of the pod's network namespace; stays the caller's.
+        on_traces: told what stands in the namespace because of us, whenever that changes.
     """
 
-    def __init__(self, fd: int, settings: NetworkSettings) -> None:
+    def __init__(
+        self,
+        fd: int,
+        settings: NetworkSettings,
+        on_traces: Callable[[list[Trace]], None] = lambda _: None,
+    ) -> None:
         self._settings = settings
+        self._on_traces = on_traces
         self._namespace = PodNamespace(fd)
         self._monitor: socket.socket
         self._stack = contextlib.ExitStack()
@@ -105,6 +114,7 @@ class PodNetwork:
     ) -> None:
         with trio.CancelScope(shield=True), self._stack:
             await trio.to_thread.run_sync(self._cut_all)
+            self._tell_traces()
 
     async def plug(self, vm: VirtualMachine) -> None:
         """Give the running VM a NIC for each interface; its guest may still be booting.
@@ -166,6 +176,7 @@ class PodNetwork:
         for link in links:
             if link.index not in self._nics:
                 self._nics[link.index] = await self._plug_one(vm, link)
+                self._tell_traces()
 
     async def _plug_one(self, vm: VirtualMachine, link: Link) -> _Nic:
         wire = await trio.to_thread.run_sync(self._attach, link)
@@ -212,6 +223,7 @@ class PodNetwork:
                 continue
             del self._nics[index]
             await trio.to_thread.run_sync(nic.wire.cut)
+            self._tell_traces()
             await vm.remove_device(nic.device_id)
             log.info("interface %s has left the pod", nic.link.name)
 
@@ -233,6 +245,9 @@ class PodNetwork:
             request = agent_pb2.AddARPNeighborsRequest(neighbors=to_agent.neighbours(found))
             await vm.call("AddARPNeighbors", request)
         self._told = found
+
+    def _tell_traces(self) -> None:
+        self._on_traces([trace for nic in self._nics.values() for trace in nic.wire.traces])
 
     def _cut_all(self) -> None:
         for nic in self._nics.values():
