@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 
-from agent.api import agent_pb2
+from agent.api import agent_pb2, types_pb2
 from shimv2.guest import Guest
 from shimv2.guest_spec import spec_from_json
 
@@ -56,6 +56,15 @@ _SPEC = {
     },
 }
 
+_LOOPBACK = types_pb2.Interface(
+    name="lo",
+    hwAddr="00:00:00:00:00:00",
+    IPAddresses=[
+        types_pb2.IPAddress(address="127.0.0.1", mask="8"),
+        types_pb2.IPAddress(family=types_pb2.v6, address="::1", mask="128"),
+    ],
+)
+
 
 async def settle(guest: Guest) -> None:
     """A container whose root is the guest's own: create, start, exec, statistics, its end, and
@@ -66,6 +75,7 @@ async def settle(guest: Guest) -> None:
     """
     await guest.set_time()
     await guest.become_another()
+    await _network(guest)
     storage = agent_pb2.Storage(
         driver="bind", source="/", fstype="bind", mount_point=_ROOT, options=["bind", "ro"]
     )
@@ -87,6 +97,12 @@ async def settle(guest: Guest) -> None:
         )
         await guest.wait_process(CONTAINER, CONTAINER)
     await guest.call("RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=CONTAINER))
+
+
+async def _network(guest: Guest) -> None:
+    """What a pod's network takes, on loopback, which it leaves as it is."""
+    await guest.call("UpdateInterface", agent_pb2.UpdateInterfaceRequest(interface=_LOOPBACK))
+    await guest.call("UpdateRoutes", agent_pb2.UpdateRoutesRequest())
 
 
 async def _execute(guest: Guest) -> None:
