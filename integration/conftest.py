@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from integration.lib.go_tools import containerd_edition
 from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
 from integration.lib.leftovers import left_by
+from integration.lib.templates import Templates
 
 TREE = Path(__file__).resolve().parent.parent
 
@@ -106,6 +108,26 @@ def with_console(prefix: Path, tmp_path: Path) -> Path:
     (tmp_path / "config.d").mkdir()
     (tmp_path / "config.d/console.toml").write_text("[agent.kata]\ndebug_console_enabled = true\n")
     return copy
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """Below /run: a template's path leads to sockets, which must be short."""
+    path = Path(tempfile.mkdtemp(prefix=f"{Kata.mark}", dir="/run"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def templates(prefix: Path, directory: Path) -> Iterator[Templates]:
+    """Templates of one test; what they leave beside their own directory fails it."""
+    templates = Templates(prefix, directory)
+    yield templates
+    done = templates.command("destroy")
+    assert done.returncode == 0, done.stderr
+    assert not templates.path.exists()
+    left = left_by("template-")
+    assert not left, f"left behind: {left}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,25 +3,18 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from integration.lib.containerd import Containerd
 from integration.lib.kata import Kata, wait_until
-from integration.lib.leftovers import left_by
-
-_MADE_WITHIN = 120  # seconds; the maker goes last on a busy host
+from integration.lib.templates import MADE_WITHIN, Templates, console, kind_of, started
 
 # Printed by a guest's debug console.  What was read before the save would be the same in clones.
 _IDENTITY = """
@@ -37,76 +30,6 @@ exit
 """
 
 
-class Templates:
-    """A configuration of the test's own with templates, and where they lie."""
-
-    def __init__(self, prefix: Path, directory: Path) -> None:
-        self.path = directory / "templates"
-        self.file = directory / "configuration.toml"
-        self.prefix = prefix
-        installed = prefix / "share/defaults/kata-containers/configuration.toml"
-        self.file.write_text(installed.read_text())
-        self._drop_ins = directory / "config.d"
-        self._drop_ins.mkdir()
-        self.set("factory", enable_template=True, template_path=str(self.path))
-        self.set("agent.kata", debug_console_enabled=True)
-
-    @property
-    def flags(self) -> tuple[str | Path, ...]:
-        """For `ctr run`."""
-        return ("--runtime-config-path", self.file)
-
-    def set(self, section: str, **values: object) -> None:
-        """Overrule values of the installed configuration."""
-        lines = [f"{name} = {json.dumps(value)}\n" for name, value in values.items()]
-        file = self._drop_ins / f"{section}-{'-'.join(values)}.toml"
-        file.write_text(f"[{section}]\n{''.join(lines)}")
-
-    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """`kata-runtime factory …`."""
-        program = self.prefix / "bin/kata-runtime"
-        return subprocess.run(
-            [program, "--config", self.file, "factory", *words],
-            capture_output=True,
-            text=True,
-            timeout=_MADE_WITHIN,
-            check=False,
-        )
-
-    def ready(self) -> list[Path]:
-        """Directories of the templates that are complete."""
-        return sorted(self.path.glob("[0-9a-f]*[0-9a-f]/template.json"))
-
-    def wait_made(self) -> Path:
-        """Until one is there and its maker is gone; returns its directory."""
-
-        def made() -> bool:
-            return bool(self.ready()) and not list(self.path.glob("*.lock"))
-
-        wait_until(made, _MADE_WITHIN, f"a template is made: {self.command('status').stdout}")
-        return self.ready()[0].parent
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """Below /run: a template's path leads to sockets, which must be short."""
-    path = Path(tempfile.mkdtemp(prefix=f"{Kata.mark}", dir="/run"))
-    yield path
-    shutil.rmtree(path)
-
-
-@pytest.fixture
-def templates(prefix: Path, directory: Path) -> Iterator[Templates]:
-    """Templates of one test; what they leave beside their own directory fails it."""
-    templates = Templates(prefix, directory)
-    yield templates
-    done = templates.command("destroy")
-    assert done.returncode == 0, done.stderr
-    assert not templates.path.exists()
-    left = left_by("template-")
-    assert not left, f"left behind: {left}"
-
-
 @pytest.fixture
 def made(templates: Templates) -> Templates:
     """The same, with a template in it."""
@@ -114,34 +37,6 @@ def made(templates: Templates) -> Templates:
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("vm factory initialized\n")
     return templates
-
-
-def kind_of(containerd: Containerd, container_id: str) -> str:
-    """How the VM of a container that was started came to be, by the shim's log."""
-    log = containerd.log.read_text()
-    found = re.findall(rf"container {container_id} started: .* kind=([a-z]+)", log)
-    assert found, f"no start of {container_id} in the log"
-    return str(found[-1])
-
-
-def started(kata: Kata, container_id: str) -> str:
-    """As `kind_of`, as soon as the log has it."""
-    log = kata.containerd.log
-    wait_until(lambda: f"container {container_id} started" in log.read_text(), 10, "it is logged")
-    return kind_of(kata.containerd, container_id)
-
-
-def console(prefix: Path, container_id: str, script: str) -> dict[str, str]:
-    """``name=value`` lines that a script prints in the guest."""
-    done = subprocess.run(
-        [prefix / "bin/kata-runtime", "exec", container_id],
-        input=script.encode(),
-        capture_output=True,
-        timeout=60,
-        check=True,
-    )
-    text = done.stdout.decode(errors="replace").replace("\r", "")
-    return dict(re.findall(r"^(?:guest# |> )*([a-z]+)=(\S+)\s*$", text, re.M))
 
 
 def test_the_first_boots_and_the_next_are_clones(kata: Kata, templates: Templates) -> None:
@@ -250,7 +145,7 @@ def test_another_configuration_is_another_template(kata: Kata, made: Templates) 
     assert started(kata, container) == "cold"
     memory = kata.execute(container, "grep", "MemTotal", "/proc/meminfo").stdout
     assert int(memory.split()[1]) < 1 << 20
-    wait_until(lambda: len(made.ready()) == 2, _MADE_WITHIN, "the second template is made")
+    wait_until(lambda: len(made.ready()) == 2, MADE_WITHIN, "the second template is made")
 
 
 def test_a_replaced_image_is_another_template(
@@ -300,7 +195,7 @@ def test_no_room_for_a_template_is_no_failure(kata: Kata, made: Templates) -> No
         def failed() -> list[Any]:
             return list(made.path.glob("*.failed"))
 
-        wait_until(lambda: bool(failed()), _MADE_WITHIN, "the maker gives up")
+        wait_until(lambda: bool(failed()), MADE_WITHIN, "the maker gives up")
         wait_until(lambda: not list(made.path.glob("*.lock")), 20, "the maker is gone")
         assert "No space left" in failed()[0].read_text()
         assert "failed" in made.command("status").stdout

@@ -15,7 +15,7 @@ import pickle
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from pathlib import Path
 
 import trio
@@ -122,8 +122,13 @@ def remove_leftovers(store: TemplateStore) -> None:
     left = [path for path in VMS.glob(f"{_PREFIX}*") if path.name not in busy]
     for directory in left:
         remove_tree(directory)
+    remove_cgroups(CGROUP, busy)
+
+
+def remove_cgroups(parent: str, busy: Collection[str] = ()) -> None:
+    """Remove the cgroups of VMs below `parent`, but for those whose id is in `busy`."""
     for hierarchy in hierarchies():
-        for cgroup in (hierarchy.root / CGROUP[1:]).glob(f"kata_{_PREFIX}*"):
+        for cgroup in (hierarchy.root / parent[1:]).glob("kata_*"):
             if cgroup.name.removeprefix("kata_") not in busy:
                 remove(cgroup)
 

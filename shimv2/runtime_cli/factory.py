@@ -74,6 +74,8 @@ def _destroy(store: TemplateStore) -> int:
 
 def _status(config: Config, store: TemplateStore) -> int:
     print(f"vm factory is {'on' if config.factory.enable_template else 'off'}")
+    if config.factory.vm_cache_number:
+        _cache_status(config)
     entries = store.status()
     if not entries:
         print(f"no templates in {store.root}")
@@ -83,6 +85,22 @@ def _status(config: Config, store: TemplateStore) -> int:
     for entry in entries:
         print(_row(entry, ours).rstrip())
     return 0
+
+
+def _cache_status(config: Config) -> None:
+    import trio
+
+    from vmm.template import handover
+
+    try:
+        told = trio.run(handover.status, config.factory.vm_cache_endpoint)
+    except handover.HandoverError as error:
+        print(f"VM cache: {error}")
+        return
+    print(f"VM cache: process {told.get('pid')}, {config.factory.vm_cache_number} VMs wanted")
+    for machine in told.get("machines", []):
+        since = _ago(float(machine["since"]))
+        print(f"cached VM {machine['pid']}  made in {machine['seconds']} s, {since}")
 
 
 def _key_of(config: Config) -> str:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configurations with templates, and how to tell what a sandbox's VM came from."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+from integration.lib.containerd import Containerd
+from integration.lib.kata import Kata, wait_until
+
+MADE_WITHIN = 120  # seconds; the maker goes last on a busy host
+
+
+class Templates:
+    """A configuration of the test's own with templates, and where they lie."""
+
+    def __init__(self, prefix: Path, directory: Path) -> None:
+        self.path = directory / "templates"
+        self.file = directory / "configuration.toml"
+        self.prefix = prefix
+        installed = prefix / "share/defaults/kata-containers/configuration.toml"
+        self.file.write_text(installed.read_text())
+        self._drop_ins = directory / "config.d"
+        self._drop_ins.mkdir()
+        self.set("factory", enable_template=True, template_path=str(self.path))
+        self.set("agent.kata", debug_console_enabled=True)
+
+    @property
+    def flags(self) -> tuple[str | Path, ...]:
+        """For `ctr run`."""
+        return ("--runtime-config-path", self.file)
+
+    def set(self, section: str, **values: object) -> None:
+        """Overrule values of the installed configuration."""
+        lines = [f"{name} = {json.dumps(value)}\n" for name, value in values.items()]
+        file = self._drop_ins / f"{section}-{'-'.join(values)}.toml"
+        file.write_text(f"[{section}]\n{''.join(lines)}")
+
+    def command(self, *words: str) -> subprocess.CompletedProcess[str]:
+        """`kata-runtime factory …`."""
+        program = self.prefix / "bin/kata-runtime"
+        return subprocess.run(
+            [program, "--config", self.file, "factory", *words],
+            capture_output=True,
+            text=True,
+            timeout=MADE_WITHIN,
+            check=False,
+        )
+
+    def ready(self) -> list[Path]:
+        """Directories of the templates that are complete."""
+        return sorted(self.path.glob("[0-9a-f]*[0-9a-f]/template.json"))
+
+    def wait_made(self) -> Path:
+        """Until one is there and its maker is gone; returns its directory."""
+
+        def made() -> bool:
+            return bool(self.ready()) and not list(self.path.glob("*.lock"))
+
+        wait_until(made, MADE_WITHIN, f"a template is made: {self.command('status').stdout}")
+        return self.ready()[0].parent
+
+
+def kind_of(containerd: Containerd, container_id: str) -> str:
+    """How the VM of a container that was started came to be, by the shim's log."""
+    log = containerd.log.read_text()
+    found = re.findall(rf"container {container_id} started: .* kind=([a-z]+)", log)
+    assert found, f"no start of {container_id} in the log"
+    return str(found[-1])
+
+
+def started(kata: Kata, container_id: str) -> str:
+    """As `kind_of`, as soon as the log has it."""
+    log = kata.containerd.log
+    wait_until(lambda: f"container {container_id} started" in log.read_text(), 10, "it is logged")
+    return kind_of(kata.containerd, container_id)
+
+
+def console(prefix: Path, container_id: str, script: str) -> dict[str, str]:
+    """``name=value`` lines that a script prints in the guest."""
+    done = subprocess.run(
+        [prefix / "bin/kata-runtime", "exec", container_id],
+        input=script.encode(),
+        capture_output=True,
+        timeout=60,
+        check=True,
+    )
+    text = done.stdout.decode(errors="replace").replace("\r", "")
+    return dict(re.findall(r"^(?:guest# |> )*([a-z]+)=(\S+)\s*$", text, re.M))
