@@ -13,7 +13,8 @@ import os
 
 from agent import syscalls
 
-_HOLD = ["sleep", "2147483647"]
+_PROGRAM = "/usr/bin/sleep"
+_NAME = "/run/agent/pause"  # what its name is in lists of processes
 
 
 def hold_pid_namespace() -> int:
@@ -22,6 +23,8 @@ def hold_pid_namespace() -> int:
     Raises:
         OSError: the kernel refuses.
     """
+    if not os.path.lexists(_NAME):
+        os.symlink(_PROGRAM, _NAME)
     ours = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
     try:
         syscalls.unshare(syscalls.CLONE_NEWPID)  # for the children to come
@@ -45,6 +48,7 @@ def _become_holder() -> None:
         for fd in range(3):
             os.dup2(null, fd)
         os.setsid()
-        os.execvpe(_HOLD[0], _HOLD, {"PATH": "/usr/bin:/bin"})
+        # A program of many names goes by its first argument, the kernel by the file's.
+        os.execve(_NAME, ["sleep", "2147483647"], {})
     finally:
         os._exit(127)

@@ -96,7 +96,10 @@ def _version_2(directory: str, stats: agent_pb2.CgroupStats) -> None:
     memory.usage.usage = _number(f"{directory}/memory.current")
     memory.usage.max_usage = _number(f"{directory}/memory.peak")
     memory.usage.limit = _number(f"{directory}/memory.max")
-    memory.usage.failcnt = _table(f"{directory}/memory.events").get("max", 0)
+    events = _table(f"{directory}/memory.events")
+    memory.usage.failcnt = events.get("max", 0)
+    for name in ("oom", "oom_kill"):  # as beside memory.stat's own
+        memory.stats[name] = events.get(name, 0)
     memory.swap_usage.usage = _number(f"{directory}/memory.swap.current")
     memory.swap_usage.max_usage = _number(f"{directory}/memory.swap.peak")
     memory.swap_usage.limit = _number(f"{directory}/memory.swap.max")

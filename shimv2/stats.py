@@ -107,6 +107,8 @@ def _to_v1(reply: agent_pb2.StatsContainerResponse) -> cgroups_v1_pb2.Metrics:
     if not out.memory.total_inactive_file:
         # What `usage - total_inactive_file` makes the working set of; v2 guests name it so.
         out.memory.total_inactive_file = memory.stats.get("inactive_file", 0)
+    out.memory_oom_control.oom_kill = memory.stats.get("oom_kill", 0)
+    out.memory_oom_control.SetInParent()
     blkio = source.blkio_stats
     for field in blkio.DESCRIPTOR.fields:
         entries = getattr(out.blkio, field.name)
@@ -137,6 +139,9 @@ def _to_v2(reply: agent_pb2.StatsContainerResponse) -> cgroups_v2_pb2.Metrics:
     out.memory.usage, out.memory.usage_limit = memory.usage.usage, memory.usage.limit
     out.memory.max_usage = memory.usage.max_usage
     out.memory.swap_usage, out.memory.swap_limit = memory.swap_usage.usage, memory.swap_usage.limit
+    out.memory_events.oom = memory.stats.get("oom", 0)
+    out.memory_events.oom_kill = memory.stats.get("oom_kill", 0)
+    out.memory_events.SetInParent()
     operations: dict[tuple[int, int], cgroups_v2_pb2.IOEntry] = {}
     for entries, names in (
         (source.blkio_stats.io_service_bytes_recursive, {"read": "rbytes", "write": "wbytes"}),

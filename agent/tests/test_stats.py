@@ -68,6 +68,8 @@ def test_version_2(tmp_path: Path) -> None:
         "file": 8192,
         "kernel": 512,
         "pgfault": 9,
+        "oom": 1,
+        "oom_kill": 1,
     }
     assert (group.pids_stats.current, group.pids_stats.limit) == (3, 100)
     transferred = group.blkio_stats.io_service_bytes_recursive

@@ -14,6 +14,7 @@ def reply() -> agent_pb2.StatsContainerResponse:
     stats.cpu_stats.cpu_usage.usage_in_usermode = 3_000_000
     stats.memory_stats.usage.usage, stats.memory_stats.usage.limit = 1 << 20, 1 << 30
     stats.memory_stats.stats.update({"inactive_file": 4096, "anon": 7, "pgfault": 9, "odd": 1})
+    stats.memory_stats.stats["oom_kill"] = 6
     entries = stats.blkio_stats
     entries.io_service_bytes_recursive.add(major=8, minor=1, op="Read", value=512)
     entries.io_service_bytes_recursive.add(major=8, minor=1, op="Write", value=1024)
@@ -32,6 +33,7 @@ def test_version_1():
     assert metrics.memory.usage.limit == 1 << 30
     assert metrics.memory.total_inactive_file == 4096
     assert metrics.memory.pg_fault == 9
+    assert metrics.memory_oom_control.oom_kill == 6
     assert [e.value for e in metrics.blkio.io_service_bytes_recursive] == [512, 1024]
     assert metrics.hugetlb[0].pagesize == "2MB"
     assert metrics.network[0].rx_bytes == 10
@@ -40,6 +42,7 @@ def test_version_1():
 def test_version_2():
     metrics = to_containerd(reply(), unified=True)
     assert isinstance(metrics, cgroups_v2_pb2.Metrics)
+    assert metrics.memory_events.oom_kill == 6
     assert (metrics.cpu.usage_usec, metrics.cpu.user_usec) == (5000, 3000)
     assert (metrics.memory.usage, metrics.memory.anon) == (1 << 20, 7)
     entry = metrics.io.usage[0]

@@ -145,7 +145,7 @@ async def test_a_shared_pid_namespace_without_a_pause_container(guest: Any) -> N
     await guest.run("c4", "sh", "-c", script, sandbox_pidns=True)
     assert await guest.wait("c4") == 1, "no zombie"
     await guest.run("c5", "cat", "/proc/1/comm", sandbox_pidns=True)
-    assert await guest.read("c5") == b"sleep\n"
+    assert await guest.read("c5") == b"pause\n"
 
 
 async def test_a_program_that_is_not_there(guest: Any) -> None:
