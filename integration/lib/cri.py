@@ -27,8 +27,9 @@ from integration.lib import cni
 from integration.lib.containerd import RUNTIME, Containerd, Edition
 from integration.lib.go_tools import crictl
 from integration.lib.host_network import HostNetwork
-from integration.lib.images import BUSYBOX_REFERENCE, busybox_image
+from integration.lib.images import BUSYBOX_REFERENCE, Image, busybox_image
 from integration.lib.leftovers import left_by
+from integration.lib.registry import Registry
 
 NAMESPACE = "k8s.io"
 _READY_LIMIT = 30.0
@@ -50,6 +51,8 @@ class CriNode:
         configuration: the runtime's configuration.toml.
         network: makes the CNI configuration list of the pods; it gets the node's directory.
         sandboxer: "podsandbox", or "shim" for the Sandbox API (containerd 2.x).
+        images: ``repository:tag`` → image, to be pulled from whatever registry.
+        sandbox_image: reference of the pause container's.
 
     Attributes:
         mark: is in the names of all pods here, and in no other.
@@ -63,7 +66,10 @@ class CriNode:
         configuration: Path | None = None,
         network: Callable[[Path], dict[str, Any]] = cni.bridge,
         sandboxer: str = "podsandbox",
+        images: dict[str, Image] | None = None,
+        sandbox_image: str = BUSYBOX_REFERENCE,
     ) -> None:
+        self._images = images
         self.mark = f"n{os.getpid()}-{next(_numbers)}-"
         self.host = HostNetwork()
         self._network = network
@@ -80,17 +86,22 @@ class CriNode:
         self.directory = self.containerd.directory
         installed = prefix / "share/defaults/kata-containers/configuration.toml"
         self.containerd.extra_config = _cri_config(
-            self.directory, configuration or installed, sandboxer
+            self.directory, configuration or installed, sandboxer, sandbox_image
         )
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.host)
             stack.callback(self.containerd.close)
+            # As under systemd: what containerd mounts is seen in the shims' mount namespaces.
+            stack.enter_context(_shared(self.directory))
             (self.directory / "net.d").mkdir()
             (self.directory / "net.d" / "10-pods.conflist").write_text(
                 json.dumps(self._network(self.directory))
             )
+            if self._images is not None:
+                registry = stack.enter_context(Registry(self.host, self._images))
+                registry.write_hosts(self.directory / "registries")
             self.containerd.start()
             stack.callback(self._remove_pods)
             self.containerd.import_image(busybox_image(), namespace=NAMESPACE)
@@ -296,18 +307,30 @@ class CriNode:
                 self.crictl("rmp", "-f", pod_id)
 
 
-def _cri_config(directory: Path, configuration: Path, sandboxer: str) -> str:
+@contextlib.contextmanager
+def _shared(directory: Path) -> Iterator[None]:
+    for options in (["--bind", directory], ["--make-shared"]):
+        subprocess.run(["mount", *options, directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
+def _cri_config(directory: Path, configuration: Path, sandboxer: str, sandbox_image: str) -> str:
     plugin = 'plugins."io.containerd.grpc.v1.cri"'
     runtime = f"{plugin}.containerd.runtimes.kata"
     # Only 2.x knows this key; 1.6 says so in its log and goes on.
     choice = f'  sandboxer = "{sandboxer}"\n' if sandboxer != "podsandbox" else ""
     return f"""\
 [{plugin}]
-  sandbox_image = "{BUSYBOX_REFERENCE}"
+  sandbox_image = "{sandbox_image}"
   # Without CAP_SYS_RESOURCE no process may get an oom_score_adj below its parent's.
   restrict_oom_score_adj = true
   netns_mounts_under_state_dir = true
   stream_server_address = "127.0.0.1"
+[{plugin}.registry]
+  config_path = "{directory}/registries"
 [{plugin}.cni]
   bin_dir = "{cni.CNI_PLUGINS}"
   conf_dir = "{directory}/net.d"

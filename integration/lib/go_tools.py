@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -44,6 +45,33 @@ def crictl() -> Path:
     if not (directory / "crictl").exists():
         install([f"sigs.k8s.io/cri-tools/cmd/crictl@{CRI_TOOLS_VERSION}"], directory)
     return directory / "crictl"
+
+
+def critest() -> Path:
+    """critest of CRI_TOOLS_VERSION, which is test code and can't be installed; built on first use.
+
+    Raises:
+        RuntimeError: there is no usable Go.
+    """
+    path = cache_dir() / "go" / f"cri-tools-{CRI_TOOLS_VERSION}" / "critest"
+    if not path.exists():
+        crictl()  # brings the module's source
+        module = f"sigs.k8s.io/cri-tools@{CRI_TOOLS_VERSION}"
+        source = _run([go(), "mod", "download", "-json", module], cwd=path.parent)
+        directory = json.loads(source)["Dir"]
+        print(f"building critest into {path.parent} …", file=sys.stderr, flush=True)
+        _run([go(), "test", "-c", "-o", str(path), "./cmd/critest"], cwd=Path(directory))
+    return path
+
+
+def _run(command: list[str], cwd: Path) -> str:
+    environment = {**os.environ, "GOTOOLCHAIN": "auto", "GOFLAGS": ""}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-4000:]}")
+    return done.stdout
 
 
 def install(packages: list[str], directory: Path) -> None:

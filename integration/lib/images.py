@@ -21,6 +21,7 @@ from pathlib import Path
 
 BUSYBOX = Path("/bin/busybox")
 BUSYBOX_REFERENCE = "localhost/busybox:latest"
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 _EPOCH = 1_700_000_000  # fixed, so that the same inputs give the same digest
 
 PASSWD = "root:x:0:0:root:/root:/bin/sh\ndaemon:x:1:1::/:/bin/false\nuser:x:1000:1000::/home/user:/bin/sh\n"
@@ -59,62 +60,66 @@ def busybox_layer(extra: Mapping[str, bytes] | None = None) -> bytes:
     return out.getvalue()
 
 
-def oci_archive(
-    path: Path,
-    reference: str,
-    layers: Iterable[bytes],
-    *,
-    command: Iterable[str] = ("/bin/sh",),
-    environment: Iterable[str] = (
-        "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-    ),
-) -> Path:
-    """Write an OCI image layout as a tar file; returns `path`."""
-    blobs: dict[str, bytes] = {}
+class Image:
+    """An OCI image in memory.
 
-    def blob(data: bytes) -> str:
-        digest = hashlib.sha256(data).hexdigest()
-        blobs[digest] = data
-        return f"sha256:{digest}"
+    Attributes:
+        blobs: digest in hexadecimal → bytes.
+        manifest: the manifest's digest, in `blobs` as well.
+    """
 
-    descriptors, diff_ids = [], []
-    for layer in layers:
-        packed = gzip.compress(layer, compresslevel=1, mtime=0)
-        diff_ids.append("sha256:" + hashlib.sha256(layer).hexdigest())
-        descriptors.append(
-            {
-                "mediaType": "application/vnd.oci.image.layer.v1.tar+gzip",
-                "digest": blob(packed),
-                "size": len(packed),
-            }
-        )
-    config = _json(
-        {
+    def __init__(
+        self,
+        layers: Iterable[bytes],
+        *,
+        command: Iterable[str] = ("/bin/sh",),
+        environment: Iterable[str] = (
+            "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        ),
+        user: str = "",
+        labels: Mapping[str, str] | None = None,
+    ) -> None:
+        self.blobs: dict[str, bytes] = {}
+        descriptors, diff_ids = [], []
+        for layer in layers:
+            packed = gzip.compress(layer, compresslevel=1, mtime=0)
+            diff_ids.append("sha256:" + hashlib.sha256(layer).hexdigest())
+            descriptors.append(self._add("application/vnd.oci.image.layer.v1.tar+gzip", packed))
+        config = {
             "architecture": "amd64",
             "os": "linux",
-            "config": {"Cmd": list(command), "Env": list(environment)},
+            "config": {
+                "Cmd": list(command),
+                "Env": list(environment),
+                **({"User": user} if user else {}),
+                **({"Labels": dict(labels)} if labels else {}),
+            },
             "rootfs": {"type": "layers", "diff_ids": diff_ids},
         }
-    )
-    manifest = _json(
-        {
+        manifest = {
             "schemaVersion": 2,
-            "mediaType": "application/vnd.oci.image.manifest.v1+json",
-            "config": {
-                "mediaType": "application/vnd.oci.image.config.v1+json",
-                "digest": blob(config),
-                "size": len(config),
-            },
+            "mediaType": MANIFEST_TYPE,
+            "config": self._add("application/vnd.oci.image.config.v1+json", _json(config)),
             "layers": descriptors,
         }
-    )
+        self.manifest = str(self._add(MANIFEST_TYPE, _json(manifest))["digest"])[7:]
+
+    def _add(self, media_type: str, data: bytes) -> dict[str, object]:
+        digest = hashlib.sha256(data).hexdigest()
+        self.blobs[digest] = data
+        return {"mediaType": media_type, "digest": f"sha256:{digest}", "size": len(data)}
+
+
+def oci_archive(path: Path, reference: str, image: Image) -> Path:
+    """Write an OCI image layout as a tar file; returns `path`."""
+    manifest = image.blobs[image.manifest]
     index = _json(
         {
             "schemaVersion": 2,
             "manifests": [
                 {
-                    "mediaType": "application/vnd.oci.image.manifest.v1+json",
-                    "digest": blob(manifest),
+                    "mediaType": MANIFEST_TYPE,
+                    "digest": f"sha256:{image.manifest}",
                     "size": len(manifest),
                     "annotations": {"io.containerd.image.name": reference},
                 }
@@ -126,7 +131,7 @@ def oci_archive(
     with tarfile.open(temporary, "w") as tar:
         _add(tar, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
         _add(tar, "index.json", index)
-        for digest, data in blobs.items():
+        for digest, data in image.blobs.items():
             _add(tar, f"blobs/sha256/{digest}", data)
     temporary.rename(path)
     return path
@@ -137,7 +142,7 @@ def busybox_image(directory: Path | None = None) -> Path:
     stamp = hashlib.sha256(BUSYBOX.read_bytes() + Path(__file__).read_bytes()).hexdigest()[:16]
     path = (directory or cache_dir() / "images") / f"busybox-{stamp}.tar"
     if not path.exists():
-        oci_archive(path, BUSYBOX_REFERENCE, [busybox_layer()])
+        oci_archive(path, BUSYBOX_REFERENCE, Image([busybox_layer()]))
     return path
 
 

@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tests of critest that fail here, and why."""
+
+from __future__ import annotations
+
+EXPECTED: dict[str, str] = {
+    "HostIpc is true": "the VM's ipc namespace is not the host's",
+    "HostPID is true": "the VM's processes are not the host's",
+    "HostNetwork is true": "a pod without a network namespace has loopback only",
+    "should support non-recursive readonly mounts": "mounts below a read-only one are read-only",
+    "runtime should support MaskedPaths": "masks the stand-in's own /bin/busybox; fails with runc",
+    "public image with digest": "a digest of a real image; fails with runc",
+}
+"""Part of a test's name → reason."""
