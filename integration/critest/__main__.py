@@ -28,6 +28,7 @@ from integration.lib import cni
 from integration.lib.cri import CriNode
 from integration.lib.go_tools import critest
 
+_INSIDE = "PYKATA_CRITEST_INSIDE"
 TREE = Path(__file__).resolve().parents[2]
 
 
@@ -40,6 +41,11 @@ def main() -> int:
     parser.add_argument("--focus", default="", help="only tests whose name matches")
     parser.add_argument("--log", type=Path, help="where to leave containerd's log")
     arguments = parser.parse_args()
+    if not os.environ.get(_INSIDE):
+        # Mounts are shared, as systemd has them: tests of their propagation count on it.
+        command = ["unshare", "--mount", "--propagation", "shared", sys.executable]
+        os.environ[_INSIDE] = "1"
+        os.execvp(command[0], [*command, "-m", "integration.critest", *sys.argv[1:]])
     prefix = Path(os.environ.get("PYKATA_PREFIX", TREE / "build/prefix"))
     portmap = {"type": "portmap", "capabilities": {"portMappings": True}, "snat": True}
     node = CriNode(
@@ -61,13 +67,11 @@ def main() -> int:
 
 
 def _run(node: CriNode, reports: Path, runtime: str, focus: str) -> None:
-    images = reports / "images.yaml"
-    images.write_text("")
     endpoint = f"unix://{node.containerd.address}"
     command = [
         *(*node.host.launcher, str(critest())),
         *(f"--runtime-endpoint={endpoint}", f"--image-endpoint={endpoint}"),
-        *(f"--runtime-handler={runtime}", f"--report-dir={reports}"),
+        *(f"--runtime-handler={runtime}", f"--ginkgo.junit-report={reports}/report.xml"),
         "--ginkgo.no-color",
         *([f"--ginkgo.focus={focus}"] if focus else []),
     ]
