@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from integration.lib.go_tools import containerd_edition
 from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
 from integration.lib.leftovers import left_by
-from integration.lib.templates import Templates
+from integration.lib.templates import Templates, without_templates
 
 TREE = Path(__file__).resolve().parent.parent
 
@@ -60,9 +61,21 @@ def own_containerd(prefix: Path, edition: Edition) -> Iterator[Containerd]:
         yield daemon
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_templates_after(prefix: Path) -> Iterator[None]:
+    """Templates are the one thing that sandboxes leave: made by a daemon, for the next ones."""
+    yield
+    subprocess.run([prefix / "bin/kata-runtime", "factory", "destroy"], check=True)
+
+
 def make_containerd(edition: Edition, prefix: Path) -> Containerd:
-    """A started daemon with the test image."""
+    """A started daemon with the test image.
+
+    Debian's sandboxes boot, those of the other one are clones, so that all tests see both.
+    """
     configuration = prefix / "share/defaults/kata-containers/configuration.toml"
+    if edition is DEBIAN:
+        configuration = without_templates(prefix)
     daemon = Containerd(
         edition,
         shim_path=[prefix / "bin"],

@@ -32,7 +32,7 @@ from shimv2.network.traces import Trace
 from shimv2.pause import PauseContainer
 from shimv2.process import LOST_STATUS, Process
 from shimv2.share import Share
-from shimv2.state import SandboxRecord, share_dir
+from shimv2.state import SandboxRecord, share_dir, vm_dir
 from shimv2.stats import Metrics, host_is_unified, to_containerd
 from shimv2.timeline import Timeline
 from ttrpc.errors import Code, RpcError
@@ -130,6 +130,12 @@ class Sandbox:
         path, _ = config_path_of(options)
         config = load_config(Path(path) if path else None)
         config = apply_annotations(config, spec.annotations)
+        if vm_dir(self.id) == Path(config.factory.template_path):  # Kata's place for templates
+            raise RpcError(
+                Code.INVALID_ARGUMENT,
+                f"sandbox id {self.id!r}: template_path = {config.factory.template_path!r} in "
+                "section [factory] is the directory that this sandbox would have",
+            )
         return Origin(
             config=config,
             netns=spec.netns or "",

@@ -261,7 +261,9 @@ def configuration(destination: Destination, installed: set[str]) -> str:
             hypervisor["modules_initrd"] = str(share / "modules-initrd.img")
     else:
         hypervisor["initrd"] = str(share / "kata-containers-initrd.img")
-    return document.sample({"hypervisor.qemu": hypervisor})
+    # Kata's default is off, and a Kata user's own file keeps it; who installs ours has it on.
+    factory = {"enable_template": True}
+    return document.sample({"hypervisor.qemu": hypervisor, "factory": factory})
 
 
 def check_python(python: str) -> None:

@@ -7,16 +7,19 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from integration.bench import boot, containers, memory
+from integration.bench import boot, containers, memory, starts
 from integration.bench.figures import Figure, table
-from integration.lib.containerd import DEBIAN, Containerd
+from integration.lib.containerd import DEBIAN, Containerd, Edition
 from integration.lib.go_tools import containerd_edition
 from integration.lib.images import busybox_image
+from integration.lib.templates import without_templates
 
 TREE = Path(__file__).resolve().parent.parent.parent
 
@@ -31,10 +34,13 @@ def main() -> int:
     parser.add_argument("--prefix", type=Path, default=TREE / "build/prefix")
     parser.add_argument("--output", type=Path, default=TREE / "build/bench/figures.json")
     parser.add_argument(
-        "--only", choices=("boot", "containers", "memory"), action="append", help="a part"
+        "--only",
+        choices=("boot", "starts", "containers", "memory"),
+        action="append",
+        help="a part",
     )
     args = parser.parse_args()
-    parts = args.only or ["boot", "containers", "memory"]
+    parts = args.only or ["boot", "starts", "containers", "memory"]
     figures: list[Figure] = []
 
     def step(name: str, work: Callable[[], list[Figure]]) -> None:
@@ -46,7 +52,8 @@ def main() -> int:
 
     step("boot", lambda: boot.measure(args.prefix, args.runs))
     edition = DEBIAN if args.edition == "debian" else containerd_edition()
-    configuration = args.prefix / "share/defaults/kata-containers/configuration.toml"
+    step("starts", lambda: _starts(edition, args.prefix, args.runs))
+    configuration = without_templates(args.prefix)
     with Containerd(
         edition,
         shim_path=[args.prefix / "bin"],
@@ -63,6 +70,14 @@ def main() -> int:
     args.output.write_text(json.dumps([figure.to_json() for figure in figures], indent=1))
     print(f"as JSON: {args.output}")
     return 0
+
+
+def _starts(edition: Edition, prefix: Path, runs: int) -> list[Figure]:
+    directory = Path(tempfile.mkdtemp(prefix="bench-", dir="/run"))
+    try:
+        return starts.measure(edition, prefix, directory / "d", runs)
+    finally:
+        shutil.rmtree(directory)
 
 
 if __name__ == "__main__":

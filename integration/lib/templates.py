@@ -14,6 +14,15 @@ from integration.lib.kata import Kata, wait_until
 MADE_WITHIN = 120  # seconds; the maker goes last on a busy host
 
 
+def without_templates(prefix: Path) -> Path:
+    """The installed configuration, with sandboxes that boot."""
+    text = (prefix / "share/defaults/kata-containers/configuration.toml").read_text()
+    assert "\nenable_template = true\n" in text
+    file = prefix / "configuration-without-templates.toml"
+    file.write_text(text.replace("\nenable_template = true\n", "\nenable_template = false\n"))
+    return file
+
+
 class Templates:
     """A configuration of the test's own with templates, and where they lie."""
 

@@ -10,7 +10,7 @@ class FactoryConfig(Section):
     """Templates and the VM cache."""
 
     enable_template: bool = key(False, "start VMs from a saved one", sample=True)
-    template_path: str = key("/run/vc/vm/template", "where the saved VMs lie", sample=True)
+    template_path: str = key("/run/vc/template", "where the saved VMs lie", sample=True)
     template_autocreate: bool = key(
         True, "a sandbox that finds no template has one made for the next", own=True, sample=True
     )

@@ -46,6 +46,7 @@ log = logging.getLogger("factory")
 PROGRAM = "kata-vm-cache"
 PREFIX = "cache-"  # of the ids under which pooled VMs run
 _RETRY_AFTER = 10.0  # seconds after a VM could not be made
+_CALM = 1.0  # seconds without a request before the pool is filled again
 _REQUEST_LIMIT = 5.0  # seconds for a peer to say what it wants
 _CGROUP = "/kata_cache"
 
@@ -80,6 +81,7 @@ class Cache:
         self._changed = trio.Event()
         self._names = (f"{PREFIX}{os.getpid()}-{n}" for n in itertools.count(1))
         self._nursery: trio.Nursery
+        self._taken_at = 0.0
         self.key = ""
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -96,6 +98,12 @@ class Cache:
                 changed = self._changed = trio.Event()
                 if len(self._ready) >= self._config.factory.vm_cache_number:
                     await changed.wait()
+                await self._calm()
+
+    async def _calm(self) -> None:
+        """Let those who took a VM have the processors; an empty pool waits for nobody."""
+        while self._ready and (left := self._taken_at + _CALM - trio.current_time()) > 0:
+            await trio.sleep(left)
 
     async def take(self, key: str, sandbox_id: str) -> Handover:
         """Give a VM to a sandbox.
@@ -109,6 +117,7 @@ class Cache:
         if not self._ready:
             raise HandoverError("no VM is ready yet")
         pooled = self._ready.pop(0)
+        self._taken_at = trio.current_time()
         self._changed.set()
         pooled.taken.set()
         await pooled.released.wait()

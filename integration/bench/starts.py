@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast a container starts in a clone of a template, and in a VM from the cache."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from integration.bench.containers import Workbench
+from integration.bench.figures import Figure
+from integration.lib.containerd import Containerd, Edition
+from integration.lib.images import busybox_image
+from integration.lib.kata import wait_until
+
+_READY_WITHIN = 120
+GOALS = {"template": "≤ 0.65", "cache": "≤ 0.45"}
+
+
+def measure(edition: Edition, prefix: Path, directory: Path, runs: int) -> list[Figure]:
+    """`ctr run --rm true` and exec by both ways; nothing else runs meanwhile.
+
+    Args:
+        directory: for templates, sockets and the configuration; short, and not there yet.
+    """
+    configuration = directory / "configuration.toml"
+    directory.mkdir()
+    installed = prefix / "share/defaults/kata-containers/configuration.toml"
+    configuration.write_text(installed.read_text())
+    (directory / "config.d").mkdir()
+    kata_runtime = [prefix / "bin/kata-runtime", Path("--config"), configuration]
+    _configure(directory, cache=0)
+    subprocess.run(
+        [*map(str, kata_runtime), "factory", "init"], check=True, stdout=subprocess.DEVNULL
+    )
+    figures = []
+    try:
+        with Containerd(
+            edition,
+            shim_path=[prefix / "bin"],
+            environment={"KATA_CONF_FILE": str(configuration)},
+        ) as containerd:
+            containerd.import_image(busybox_image())
+            bench = Workbench(containerd)
+            figures += _runs(bench, "template", runs, lambda: None)
+            _configure(directory, cache=1)
+            with _cache(prefix, configuration):
+
+                def full() -> bool:
+                    done = subprocess.run(
+                        [*map(str, kata_runtime), "factory", "status"],
+                        check=True,
+                        capture_output=True,
+                        text=True,
+                    )
+                    return "\ncached VM " in done.stdout
+
+                figures += _runs(
+                    bench,
+                    "cache",
+                    runs,
+                    lambda: wait_until(full, _READY_WITHIN, "the cache is full"),
+                )
+    finally:
+        subprocess.run(
+            [*map(str, kata_runtime), "factory", "destroy"], check=True, capture_output=True
+        )
+    return figures
+
+
+def _configure(directory: Path, cache: int) -> None:
+    (directory / "config.d/bench.toml").write_text(
+        f'[factory]\nenable_template = true\ntemplate_path = "{directory}/t"\n'
+        f'vm_cache_number = {cache}\nvm_cache_endpoint = "{directory}/cache.sock"\n'
+    )
+
+
+def _runs(bench: Workbench, kind: str, runs: int, before: Callable[[], object]) -> list[Figure]:
+    whole = Figure(f"ctr run --rm true, {kind}", "kata", "s", GOALS[kind])
+    phases: dict[str, Figure] = {}
+    before()
+    bench.run("kata", "true")
+    for _ in range(runs):
+        before()
+        whole.values.append(bench.run("kata", "true"))
+        assert f" kind={kind}" in bench.containerd.log.read_text().rpartition(" started: ")[2]
+        for name, seconds in bench.phases().items():
+            row = f"  {kind}: {name}"
+            phases.setdefault(row, Figure(row, "kata", "s")).values.append(seconds)
+    before()
+    execute = Figure(f"exec of true, {kind}", "kata", "s", "≤ 0.12")
+    with bench.container("kata") as container_id:
+        before()  # the next VM is not being made while this one is measured
+        bench.exec_seconds(container_id)
+        execute.measure(2 * runs, lambda: bench.exec_seconds(container_id))
+    return [whole, *phases.values(), execute]
+
+
+@contextmanager
+def _cache(prefix: Path, configuration: Path) -> Iterator[None]:
+    command: list[str | Path] = [prefix / "bin/kata-vm-cache", "--config", configuration]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(30)
