@@ -22,7 +22,7 @@ export PATH := $(CACHE)/go/toolchain/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports deps-test \
-        unit integration test go bench proto docs clean kvmlab kvmlab-smoke kvmlab-shell
+        unit integration test go critest bench proto docs clean kvmlab kvmlab-smoke kvmlab-shell
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -98,12 +98,16 @@ fmt: venv ## let ruff format and mend
 	$(BIN)/ruff format .
 
 typecheck: venv ## mypy, strict
-	$(BIN)/mypy $(ROOMS) integration/lib integration/bench tools/install.py tools/run.py
+	$(BIN)/mypy $(ROOMS) integration/lib integration/bench integration/critest tools/install.py tools/run.py
 	MYPYPATH=rootfs-builder $(BIN)/mypy integration/kvmlab
 	cd rootfs-builder && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml guestbuild
 
 imports: venv ## which package may know which
 	$(BIN)/lint-imports
+
+critest: go venv guest stage ## cri-tools' critest, with both sandboxers of containerd 2
+	$(BIN)/python -m integration.critest --sandboxer podsandbox
+	$(BIN)/python -m integration.critest --sandboxer shim
 
 bench: go venv guest stage ## the table of figures, beside runc's
 	$(BIN)/python -m integration.bench $(BENCH)

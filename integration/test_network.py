@@ -356,6 +356,21 @@ def test_rate_limits(prefix: Path, tmp_path: Path) -> None:
         assert not node.clean()
 
 
+def test_the_bandwidth_plugin(prefix: Path) -> None:
+    """It shapes on the host's side of the pod; the bursts that containerd sets are gigabits."""
+    bandwidth = {"type": "bandwidth", "capabilities": {"bandwidth": True}}
+    network = functools.partial(cni.bridge, plugins=[bandwidth])
+    limits = {f"kubernetes.io/{way}-bandwidth": "16M" for way in ("ingress", "egress")}
+    with CriNode(edition_named("debian"), prefix, network=network) as node:
+        echo = Echo(node, annotations=limits)
+        queues = json.loads(node.host.run("tc", "-json", "qdisc", "show"))
+        rates = [entry["options"]["rate"] for entry in queues if entry["kind"] == "tbf"]
+        assert rates == [2_000_000] * 2, "bytes per second, on the veth and on an ifb"
+        with connect(node, echo.ipv4) as connection:
+            round_trip(connection, 16 << 20)
+        assert not node.clean()
+
+
 def test_the_namespace_is_left_as_it_was(prefix: Path) -> None:
     with CriNode(edition_named("debian"), prefix) as node:
         pod = node.run_pod()
