@@ -26,6 +26,7 @@ log = logging.getLogger("shim")
 _PR_SET_NAME = 15
 _FLUSH_LIMIT = 5.0  # seconds for the last events
 _DRAIN_LIMIT = 1.0  # seconds for the answers under way when the server closes
+_LINGER = 0.2  # of these, for containerd to close first
 
 
 def serve(
@@ -91,7 +92,7 @@ async def _main(
             await sandbox.wait_shutdown()
             await sandbox.stop()
             await events.flush(_FLUSH_LIMIT)
-            await server.shutdown(_DRAIN_LIMIT)
+            await server.shutdown(_DRAIN_LIMIT, linger=_LINGER)
         nursery.cancel_scope.cancel()
 
 

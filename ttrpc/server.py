@@ -219,7 +219,7 @@ class Server:
             self._connections.discard(connection)
             self._left.unpark_all()
 
-    async def shutdown(self, grace: float) -> None:
+    async def shutdown(self, grace: float, *, linger: float = 0.0) -> None:
         """Accept nothing more, let the calls in flight end, close the connections.
 
         New calls on open connections answer UNAVAILABLE. Not to be awaited by a method's
@@ -227,12 +227,15 @@ class Server:
 
         Args:
             grace: seconds after which the calls still in flight are cancelled.
+            linger: seconds of `grace` in which a peer may close first, once it has its last
+                answer. Go's client takes an end that comes right behind an answer for a failure
+                of that call, every now and then.
         """
         self._draining = True
         for scope in self._accepting:
             scope.cancel()
         for connection in self._connections:
-            connection.drain()
+            connection.drain(linger)
         with trio.move_on_after(grace):
             while self._connections:
                 await self._left.park()
@@ -259,6 +262,7 @@ class _ServerConnection:
         self._inboxes: dict[int, Inbox] = {}
         self._scopes: dict[int, trio.CancelScope] = {}
         self._draining = False
+        self._linger = 0.0
         self._drained = trio.Event()
         # What the reader has yet to handle, and whether it is at it (and will flush then).
         self._events: Iterator[Event] = iter(())
@@ -284,9 +288,10 @@ class _ServerConnection:
         log.debug("%s", reason)
         self._scope.cancel()
 
-    def drain(self) -> None:
-        """Refuse new calls, and close once none is in flight."""
+    def drain(self, linger: float) -> None:
+        """Refuse new calls, and close once none is in flight, `linger` seconds after the last."""
         self._draining = True
+        self._linger = linger
         if not self._connection.in_flight:
             self._drained.set()
 
@@ -294,6 +299,7 @@ class _ServerConnection:
         await self._drained.wait()
         with trio.move_on_after(_LAST_WRITE):
             await self._transport.wait_sent()
+        await trio.sleep(self._linger)  # the reader ends all when the peer closes
         self.stop()
 
     async def _read(self) -> None:

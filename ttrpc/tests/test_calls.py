@@ -301,6 +301,28 @@ async def test_shutdown_drains(pair: Pair) -> None:
     await pair.client.wait_closed()
 
 
+async def test_shutdown_lets_the_peer_close_first() -> None:
+    at_server, at_client = socket_streams()
+    server = Server()
+    server.register(ECHO, Echo())
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.serve_stream, at_server)
+            async with Client(at_client) as client:
+                await client.stub(ECHO).Echo(BytesValue())
+                nursery.start_soon(partial(server.shutdown, 60, linger=60))
+                await trio.testing.wait_all_tasks_blocked()
+                error = await failure(client.stub(ECHO).Echo(BytesValue()))
+                assert error.code is Code.UNAVAILABLE
+                assert not isinstance(error, ConnectionLost), "it still answers"
+
+
+async def test_shutdown_does_not_wait_for_a_peer_that_stays(pair: Pair) -> None:
+    with trio.fail_after(10):
+        await pair.server.shutdown(30, linger=0.05)
+        await pair.client.wait_closed()
+
+
 async def test_shutdown_ends_what_does_not_end(pair: Pair) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_ignore, pair.stub.Sleep(DoubleValue(value=60)))
