@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +105,55 @@ def test_sysctls_of_the_pod(node: CriNode) -> None:
     for name, value in sysctls.items():
         path = "/proc/sys/" + name.replace(".", "/")
         assert node.execute(container, "cat", path).strip() == value
+
+
+def test_ten_containers(node: CriNode) -> None:
+    pod = node.run_pod()
+    containers = [node.start_container(pod, "sleep", str(1000 + n)) for n in range(10)]
+    for number, container in enumerate(containers):
+        assert node.execute(container, "cat", "/proc/1/cmdline") == f"sleep\0{1000 + number}\0"
+    node.remove_pod(pod)
+
+
+def test_pods_at_once(node: CriNode) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        pods = list(pool.map(lambda _: node.run_pod(), range(3)))
+        assert len({node.address(pod) for pod in pods}) == 3
+        list(pool.map(node.remove_pod, pods))
+
+
+def test_execs_leave_nothing(node: CriNode) -> None:
+    pod = node.run_pod()
+    container = node.start_container(pod, "sleep", "1000")
+    node.execute(container, "true")
+    record = json.loads(Path("/run/vc/sbs", pod, "state.json").read_text())
+    shim, vmm = (record["processes"][name][0] for name in ("shim", "vmm"))
+    before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (shim, vmm)]
+    for _ in range(20):
+        node.crictl("exec", "-s", container, "true")
+    wait_until(
+        lambda: [len(os.listdir(f"/proc/{pid}/fd")) for pid in (shim, vmm)] == before,
+        5,
+        "descriptors are as before",
+    )
+    assert node.execute(container, "ls", "/proc").split().count("1") == 1
+    left = [line for line in node.execute(container, "ps", "-o", "stat").split() if "Z" in line]
+    assert not left
+
+
+def test_stats(node: CriNode) -> None:
+    pod = node.run_pod()
+    container = node.start_container(
+        pod, "sh", "-c", "dd if=/dev/zero of=/dev/shm/f bs=1M count=32 2>/dev/null; sleep 1000"
+    )
+    wait_until(
+        lambda: node.execute(container, "stat", "-c", "%s", "/dev/shm/f").strip() == str(32 << 20),
+        10,
+        "the file is written",
+    )
+
+    def working_set() -> int:
+        stats = json.loads(node.crictl("stats", "-o", "json", container))["stats"]
+        return int(stats[0]["memory"]["workingSetBytes"]["value"]) if stats else 0
+
+    wait_until(lambda: 32 << 20 <= working_set() < 48 << 20, 20, "memory is counted")

@@ -76,7 +76,6 @@ class CriNode:
         self._stack = contextlib.ExitStack()
         self._crictl = crictl()
         self._pods: dict[str, Path] = {}  # id → file of its PodSandboxConfig
-        self._netns: dict[str, Path] = {}
         self.containerd = Containerd(
             edition,
             shim_path=[prefix / "bin"],
@@ -129,10 +128,7 @@ class CriNode:
             **more,
         }
         path = self._write(name, config)
-        before = set(self.namespaces())
         pod_id = self.crictl("runp", "-r", handler, str(path)).strip()
-        # With the Sandbox API no answer of CRI has it.
-        self._netns[pod_id] = (set(self.namespaces()) - before).pop()
         self._pods[pod_id] = path
         return pod_id
 
@@ -200,7 +196,13 @@ class CriNode:
 
     def netns(self, pod_id: str) -> Path:
         """The pod's network namespace on the host."""
-        return self._netns[pod_id]
+        info = self.inspect_pod(pod_id)["info"]
+        for namespace in (info.get("runtimeSpec") or {"linux": {}})["linux"].get("namespaces", ()):
+            if namespace["type"] == "network":
+                return Path(namespace["path"])
+        # With the Sandbox API no answer of CRI has it; the shim's record does.
+        record = json.loads(Path("/run/vc/sbs", pod_id, "state.json").read_text())
+        return Path(record["netns"][0])
 
     def remove_pod(self, pod_id: str) -> None:
         """`crictl stopp` and `rmp`."""
