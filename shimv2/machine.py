@@ -176,10 +176,14 @@ class Machine:
         Raises:
             VmmError: it was lost, or can't have this sandbox's devices.
         """
-        config = vm_config(self._config, self._id, self._placement, clonable=True, kept=True)
-        vm: Hypervisor = await self._stack.enter_async_context(Qemu(config))
-        self._vm = vm
-        await vm.check()
+        with contextlib.ExitStack() as unless_adopted:
+            for fd in handover.descriptors:  # with the last copy of them the VM goes
+                unless_adopted.callback(os.close, fd)
+            config = vm_config(self._config, self._id, self._placement, clonable=True, kept=True)
+            vm: Hypervisor = await self._stack.enter_async_context(Qemu(config))
+            self._vm = vm
+            await vm.check()
+            unless_adopted.pop_all()
         await vm.adopt(handover)
         self._move_in(handover.pids)
         channel = await self._open_channel()

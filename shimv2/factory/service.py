@@ -123,9 +123,12 @@ class Cache:
         await pooled.released.wait()
         if pooled.handover is None:
             raise HandoverError("the VM was lost in the last moment")
-        target = vm_dir(sandbox_id)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        vm_dir(pooled.name).rename(target)
+        try:
+            vm_dir(pooled.name).rename(vm_dir(sandbox_id))
+        except OSError as error:
+            for fd in pooled.handover.descriptors:
+                os.close(fd)
+            raise HandoverError(f"{vm_dir(sandbox_id)}: {error.strerror}") from error
         return pooled.handover
 
     def status(self) -> list[dict[str, Any]]:
