@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -139,7 +140,7 @@ def templates(prefix: Path, directory: Path) -> Iterator[Templates]:
     done = templates.command("destroy")
     assert done.returncode == 0, done.stderr
     assert not templates.path.exists()
-    left = left_by("template-")
+    left = left_by(f"template-{hashlib.sha256(bytes(templates.path)).hexdigest()[:8]}-")
     assert not left, f"left behind: {left}"
 
 

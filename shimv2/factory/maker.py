@@ -9,6 +9,7 @@ names it, and a deadline.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import pickle
@@ -37,7 +38,6 @@ log = logging.getLogger("factory")
 DEADLINE = 300.0
 """Seconds; an emulated VM on a busy host needs 20 at the most."""
 CGROUP = "/kata_factory"
-_PREFIX = "template-"  # of the id under which a maker's VM runs
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ async def make(config: Config, say: Callable[[str], None]) -> str:
     began = time.monotonic()
     store = TemplateStore(Path(config.factory.template_path))
     key = await template_key(config)
-    name = _name(key)
+    name = _name(store, key)
     store.tidy(keep=key)
     remove_leftovers(store)
     with store.make(key) as making, _home(name) as placement, ungrouped():
@@ -118,23 +118,29 @@ async def make(config: Config, say: Callable[[str], None]) -> str:
 
 def remove_leftovers(store: TemplateStore) -> None:
     """Remove what makers that were killed have left: directories of their VMs, and cgroups."""
-    busy = {_name(entry.key) for entry in store.status() if entry.state == "being made"}
-    left = [path for path in VMS.glob(f"{_PREFIX}*") if path.name not in busy]
+    busy = {_name(store, e.key) for e in store.status() if e.state == "being made"}
+    prefix = _prefix(store)
+    left = [path for path in VMS.glob(f"{prefix}*") if path.name not in busy]
     for directory in left:
         remove_tree(directory)
-    remove_cgroups(CGROUP, busy)
+    remove_cgroups(CGROUP, prefix, busy)
 
 
-def remove_cgroups(parent: str, busy: Collection[str] = ()) -> None:
-    """Remove the cgroups of VMs below `parent`, but for those whose id is in `busy`."""
+def remove_cgroups(parent: str, prefix: str, busy: Collection[str] = ()) -> None:
+    """Remove the cgroups below `parent` of VMs whose id begins so, but for those in `busy`."""
     for hierarchy in hierarchies():
-        for cgroup in (hierarchy.root / parent[1:]).glob("kata_*"):
+        for cgroup in (hierarchy.root / parent[1:]).glob(f"kata_{prefix}*"):
             if cgroup.name.removeprefix("kata_") not in busy:
                 remove(cgroup)
 
 
-def _name(key: str) -> str:
-    return f"{_PREFIX}{key[:16]}"
+def _prefix(store: TemplateStore) -> str:
+    """Of the ids under which the makers of one store run their VMs."""
+    return f"template-{hashlib.sha256(os.fsencode(store.root)).hexdigest()[:8]}-"
+
+
+def _name(store: TemplateStore, key: str) -> str:
+    return f"{_prefix(store)}{key[:16]}"
 
 
 def _ignore(_name: str, _pid: int) -> None:

@@ -303,7 +303,7 @@ async def run(config: Config) -> None:
     async with _listener(Path(config.factory.vm_cache_endpoint)) as listener:
         for directory in VMS.glob(f"{PREFIX}*"):  # of a cache that was killed
             remove_tree(directory)
-        maker.remove_cgroups(_CGROUP)
+        maker.remove_cgroups(_CGROUP, PREFIX)
         cache = Cache(config)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cache.run)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ MEMFD_NAME = "guest-memory"
 
 BLOCK_MIB = 128
 """Linux on x86-64 brings memory online in blocks of this size (arch/x86/include/asm/sparsemem.h)."""
+
+_PAGE = 4096
+_ZEROS = bytes(_PAGE)
+_CHUNK = 1 << 20
 
 MIN_MIB = 64
 MAX_MIB = 4 << 20
@@ -97,6 +102,41 @@ def find_memory_file(pid: int) -> Path | None:
         if target.startswith(f"/memfd:{MEMFD_NAME}"):
             return directory / entry
     return None
+
+
+def save_sparse(source_fd: int, target_fd: int) -> None:
+    """Copy a file without its holes and without pages of zeros, so that whatever is cloned from
+    it is smaller.  Blocks: call it in a worker thread."""
+    size = os.fstat(source_fd).st_size
+    os.ftruncate(target_fd, size)
+    position = 0
+    while True:
+        try:
+            position = os.lseek(source_fd, position, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        end = os.lseek(source_fd, position, os.SEEK_HOLE)
+        while position < end:
+            data = os.pread(source_fd, min(_CHUNK, end - position), position)
+            if not data:
+                return
+            for start, stop in _not_zero(data):
+                os.pwrite(target_fd, data[start:stop], position + start)
+            position += len(data)
+
+
+def _not_zero(data: bytes) -> Iterator[tuple[int, int]]:
+    """The ranges of whole pages that have something in them."""
+    begin = -1
+    for offset in range(0, len(data), _PAGE):
+        if data[offset : offset + _PAGE] == _ZEROS[: len(data) - offset]:
+            if begin >= 0:
+                yield begin, offset
+            begin = -1
+        elif begin < 0:
+            begin = offset
+    if begin >= 0:
+        yield begin, len(data)
 
 
 def copy_sparse(source_fd: int, target_fd: int) -> None:

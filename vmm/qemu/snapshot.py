@@ -43,7 +43,7 @@ async def save(qmp: QmpClient, pid: int, directory: Path) -> None:
     try:
         # Memory first, as in a migration: saving the rest may touch pages, and fill holes.
         with source.open("rb") as memory_file, _open_new(directory / MEMORY_FILE) as target:
-            await trio.to_thread.run_sync(memory.copy_sparse, memory_file.fileno(), target.fileno())
+            await trio.to_thread.run_sync(memory.save_sparse, memory_file.fileno(), target.fileno())
         await _capability(qmp)
         with _open_new(directory / STATE_FILE) as state:
             await qmp.execute("getfd", {"fdname": _FD_NAME}, fds=(state.fileno(),))
