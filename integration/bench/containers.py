@@ -42,11 +42,10 @@ class Workbench:
 
     def __init__(self, containerd: Containerd) -> None:
         self.containerd = containerd
-        self._number = 0
+        self._numbers = itertools.count(1)
 
     def new_id(self) -> str:
-        self._number += 1
-        return f"bench-{self._number}"
+        return f"bench-{next(self._numbers)}"
 
     def run(self, runtime: str, *command: str) -> float:
         """Seconds of a whole `ctr run --rm`."""

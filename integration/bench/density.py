@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m integration.bench.density``: what one more idle sandbox costs, and starts at once.
+
+Memory of a sandbox: the proportional set size of the shim, the VMM, virtiofsd and a holder or
+keeper, and those blocks of the guest's memory file that no process maps, which PSS does not
+count.  Beside it the fall of the host's MemAvailable, which nobody can beautify.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from integration.bench.containers import RUNTIMES, Workbench, state
+from integration.lib.containerd import DEBIAN, Containerd
+from integration.lib.images import BUSYBOX_REFERENCE, busybox_image
+
+TREE = Path(__file__).resolve().parent.parent.parent
+_MEMORY_FILE = "/memfd:guest-memory"
+
+
+@dataclass
+class Cost:
+    """Megabytes of all sandboxes that run.
+
+    Attributes:
+        unmapped: blocks of the guests' memory files that no process has mapped.
+        available: the fall of MemAvailable since there was none.
+    """
+
+    sandboxes: int
+    shim: float
+    vmm: float
+    virtiofsd: float
+    unmapped: float
+    available: float
+
+    @property
+    def total(self) -> float:
+        return self.shim + self.vmm + self.virtiofsd + self.unmapped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Start sandboxes one by one and look at each step; then several at once."""
+    parser = argparse.ArgumentParser(prog="python -m integration.bench.density")
+    parser.add_argument("--sandboxes", type=int, default=20, help="how many (default: 20)")
+    parser.add_argument("--kind", choices=("cold", "template"), default="template")
+    parser.add_argument("--parallel", type=int, nargs="*", default=[1, 2, 4, 8])
+    parser.add_argument("--prefix", type=Path, default=TREE / "build/prefix")
+    parser.add_argument("--output", type=Path, default=TREE / "build/bench")
+    args = parser.parse_args(arguments)
+    directory = Path(tempfile.mkdtemp(prefix="density-", dir="/run"))
+    configuration = _configuration(args.prefix, directory, args.kind)
+    kata_runtime = [args.prefix / "bin/kata-runtime", "--config", configuration, "factory"]
+    try:
+        if args.kind == "template":
+            subprocess.run([*kata_runtime, "init"], check=True, stdout=subprocess.DEVNULL)
+        with Containerd(
+            DEBIAN,
+            shim_path=[args.prefix / "bin"],
+            environment={"KATA_CONF_FILE": str(configuration)},
+        ) as containerd:
+            containerd.import_image(busybox_image())
+            bench = Workbench(containerd)
+            bench.run("kata", "true")
+            costs, stops = growth(bench, args.sandboxes)
+            together = {count: parallel(bench, count) for count in args.parallel}
+    finally:
+        subprocess.run([*kata_runtime, "destroy"], check=True, stdout=subprocess.DEVNULL)
+        shutil.rmtree(directory)
+    print(report(args.kind, costs, stops, together))
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / f"density-{args.kind}.json").write_text(
+        json.dumps({"costs": [asdict(c) for c in costs], "stops": stops, "parallel": together})
+    )
+    (args.output / f"density-{args.kind}.svg").write_text(plot(args.kind, costs))
+    print(f"in {args.output}: density-{args.kind}.json, density-{args.kind}.svg")
+    return 0
+
+
+def _configuration(prefix: Path, directory: Path, kind: str) -> Path:
+    configuration = directory / "configuration.toml"
+    installed = prefix / "share/defaults/kata-containers/configuration.toml"
+    configuration.write_text(installed.read_text())
+    (directory / "config.d").mkdir()
+    (directory / "config.d/density.toml").write_text(
+        f"[factory]\nenable_template = {'true' if kind == 'template' else 'false'}\n"
+        f'template_path = "{directory}/t"\n'
+    )
+    return configuration
+
+
+def growth(bench: Workbench, count: int) -> tuple[list[Cost], list[float]]:
+    """Costs after each of `count` starts; then the seconds that each took to stop."""
+    ids: list[str] = []
+    costs: list[Cost] = []
+    before = psutil.virtual_memory().available
+    try:
+        for number in range(1, count + 1):
+            container_id = bench.new_id()
+            bench.containerd.ctr(
+                *("run", "-d", "--runtime", RUNTIMES["kata"], BUSYBOX_REFERENCE),
+                *(container_id, "sleep", "100000"),
+            )
+            ids.append(container_id)
+            costs.append(measure(ids, before))
+            print(
+                f"  {number}: {costs[-1].total / number:.1f} MB each", file=sys.stderr, flush=True
+            )
+    finally:
+        stops = []
+        for container_id in ids:
+            start = time.monotonic()
+            bench.containerd.ctr("task", "rm", "-f", container_id)
+            stops.append(time.monotonic() - start)
+            bench.containerd.ctr("container", "rm", container_id)
+    return costs, stops
+
+
+def measure(ids: list[str], available_before: int) -> Cost:
+    """What these sandboxes cost now."""
+    sizes = dict.fromkeys(("shim", "vmm", "virtiofsd"), 0.0)
+    unmapped = 0.0
+    for container_id in ids:
+        processes = state(container_id)["processes"]
+        for name, (pid, _) in processes.items():
+            children = [] if name == "shim" else psutil.Process(pid).children(recursive=True)
+            kind = name if name in sizes else "vmm"
+            sizes[kind] += sum(_pss(p) for p in [pid, *(child.pid for child in children)]) / 1e6
+        unmapped += _unmapped(processes["vmm"][0], [pid for pid, _ in processes.values()]) / 1e6
+    available = (available_before - psutil.virtual_memory().available) / 1e6
+    return Cost(len(ids), sizes["shim"], sizes["vmm"], sizes["virtiofsd"], unmapped, available)
+
+
+def _pss(pid: int) -> int:
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _unmapped(vmm: int, pids: list[int]) -> int:
+    """Bytes of the VM's memory file less those in the PSS of who maps it."""
+    blocks = 0
+    for fd in Path(f"/proc/{vmm}/fd").iterdir():
+        if os.readlink(fd).startswith(_MEMORY_FILE):
+            blocks = fd.stat().st_blocks * 512
+            break
+    mapped = 0
+    for pid in pids:
+        inside = False
+        for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+            words = line.split()
+            if "-" in words[0] and not words[0].endswith(":"):
+                inside = _MEMORY_FILE in line
+            elif inside and words[0] == "Pss:":
+                mapped += int(words[1]) * 1024
+    return max(0, blocks - mapped)
+
+
+def parallel(bench: Workbench, count: int) -> float:
+    """Seconds until `count` containers that were asked for at once have run and are gone."""
+    threads = [threading.Thread(target=bench.run, args=("kata", "true")) for _ in range(count)]
+    start = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return time.monotonic() - start
+
+
+def report(kind: str, costs: list[Cost], stops: list[float], together: dict[int, float]) -> str:
+    """Text tables."""
+    lines = [
+        f"idle sandboxes, {kind}, Linux {platform.release()}, {os.cpu_count()} CPUs: MB of all",
+        f"{'n':>4} {'shim':>8} {'VMM':>8} {'virtiofsd':>10} {'unmapped':>9} {'total':>8}"
+        f" {'per one':>8} {'MemAvailable':>13}",
+    ]
+    for c in costs:
+        lines.append(
+            f"{c.sandboxes:4} {c.shim:8.1f} {c.vmm:8.1f} {c.virtiofsd:10.1f} {c.unmapped:9.1f}"
+            f" {c.total:8.1f} {c.total / c.sandboxes:8.1f} {c.available:13.1f}"
+        )
+    if len(costs) > 1:
+        first, last = costs[0], costs[-1]
+        more = last.sandboxes - first.sandboxes
+        lines.append(
+            f"one more: {(last.total - first.total) / more:.1f} MB"
+            f" (MemAvailable: {(last.available - first.available) / more:.1f})"
+        )
+    lines.append(f"stop and remove: median {statistics.median(stops):.3f} s")
+    one = together.get(1)
+    for count, seconds in together.items():
+        ratio = f", {seconds / one:.1f} times one" if one else ""
+        lines.append(f"{count} at once: {seconds:.2f} s{ratio}")
+    return "\n".join(lines)
+
+
+def plot(kind: str, costs: list[Cost]) -> str:
+    """The growth of memory with the number of sandboxes, stacked, as an SVG."""
+    width, height, left, bottom = 640, 320, 56, 36
+    most = max(max(c.total, c.available) for c in costs) * 1.05
+    count = max(c.sandboxes for c in costs)
+
+    def x(number: float) -> float:
+        return left + number / count * (width - left - 16)
+
+    def y(value: float) -> float:
+        return height - bottom - value / most * (height - bottom - 28)
+
+    parts = (
+        ("VMM", "#4878a8"),
+        ("unmapped", "#90b0d0"),
+        ("shim", "#d08048"),
+        ("virtiofsd", "#70a070"),
+    )
+    shapes = []
+    floor = [0.0] * len(costs)
+    for name, colour in parts:
+        tops = [f + getattr(c, name.lower()) for f, c in zip(floor, costs, strict=True)]
+        points = [f"{x(c.sandboxes):.1f},{y(t):.1f}" for c, t in zip(costs, tops, strict=True)]
+        points += [
+            f"{x(c.sandboxes):.1f},{y(f):.1f}"
+            for c, f in reversed(list(zip(costs, floor, strict=True)))
+        ]
+        shapes.append(f'<polygon points="{" ".join(points)}" fill="{colour}"/>')
+        floor = tops
+    line = " ".join(f"{x(c.sandboxes):.1f},{y(c.available):.1f}" for c in costs)
+    shapes.append(f'<polyline points="{line}" fill="none" stroke="#888" stroke-dasharray="4 3"/>')
+    labels = [
+        f'<text x="{left + 8 + index * 96}" y="18" fill="{colour}">{name}</text>'
+        for index, (name, colour) in enumerate((*parts, ("MemAvailable", "#888")))
+    ]
+    for step in range(5):
+        value = most * step / 4
+        labels.append(
+            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end" fill="#888">'
+            f"{value:.0f}</text>"
+        )
+    for number in sorted({1, count // 2, count} - {0}):
+        labels.append(
+            f'<text x="{x(number):.1f}" y="{height - 18}" text-anchor="middle" fill="#888">'
+            f"{number}</text>"
+        )
+    labels.append(
+        f'<text x="{width / 2:.0f}" y="{height - 4}" text-anchor="middle" fill="#888">'
+        f"idle sandboxes ({kind}), MB</text>"
+    )
+    body = "\n".join([*shapes, *labels])
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'font-family="sans-serif" font-size="12">\n{body}\n</svg>\n'
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
