@@ -33,6 +33,7 @@ ENVIRONMENT = {
     "PYKATA_CACHE": "/var/cache/pykata",
     "PYKATA_PREFIX": "/usr/local",
     "PYKATA_LAB": "1",
+    "PYKATA_SLOWNESS": "5",
     "HYPOTHESIS_STORAGE_DIRECTORY": "/var/cache/hypothesis",
     "LC_ALL": "C.UTF-8",
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
