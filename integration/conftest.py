@@ -144,10 +144,23 @@ def templates(prefix: Path, directory: Path) -> Iterator[Templates]:
     assert not left, f"left behind: {left}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    spared = [item for item in items if _is_spared(item)]
+    config.hook.pytest_deselected(items=spared)
+    items[:] = [item for item in items if item not in spared]
     for item in items:
         if "prefix" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.vm)
+
+
+def _is_spared(item: pytest.Item) -> bool:
+    """Whether a test of what containerd has no part in need not run under the second one too."""
+    callspec = getattr(item, "callspec", None)
+    return (
+        item.get_closest_marker("one_edition") is not None
+        and callspec is not None
+        and callspec.params.get("edition") == "go"
+    )
 
 
 def pytest_report_header() -> str:

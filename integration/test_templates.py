@@ -50,6 +50,7 @@ def test_the_first_boots_and_the_next_are_clones(kata: Kata, templates: Template
     assert kata.execute(first, "echo", "alive").stdout == "alive\n"
 
 
+@pytest.mark.one_edition
 def test_a_host_of_short_containers_gets_its_template_too(kata: Kata, templates: Templates) -> None:
     kata.run("true", flags=templates.flags)  # gone before the template can be ready
     templates.wait_made()
@@ -58,6 +59,7 @@ def test_a_host_of_short_containers_gets_its_template_too(kata: Kata, templates:
     assert kind_of(kata.containerd, container) == "template"
 
 
+@pytest.mark.one_edition
 def test_made_by_hand_only_if_so_configured(kata: Kata, templates: Templates) -> None:
     templates.set("factory", template_autocreate=False)
     kata.run("true", flags=templates.flags)
@@ -90,6 +92,7 @@ def test_a_clone_does_all_that_a_container_does(kata: Kata, made: Templates) -> 
     assert kata.delete(container) == 137
 
 
+@pytest.mark.one_edition
 def test_clones_share_nothing_that_identifies(kata: Kata, made: Templates, prefix: Path) -> None:
     containers = [kata.start("sleep", "1000", flags=made.flags) for _ in range(2)]
     assert [started(kata, container) for container in containers] == ["template"] * 2
@@ -106,6 +109,7 @@ def test_clones_share_nothing_that_identifies(kata: Kata, made: Templates, prefi
         assert abs(int(facts["date"]) - time.time()) < 30
 
 
+@pytest.mark.one_edition
 def test_random_bytes_of_containers_differ(kata: Kata, made: Templates) -> None:
     command = ("od", "-An", "-tx1", "-N64", "/dev/urandom")
     seen = {kata.run(*command, flags=made.flags).stdout for _ in range(3)}
@@ -113,6 +117,7 @@ def test_random_bytes_of_containers_differ(kata: Kata, made: Templates) -> None:
 
 
 @pytest.mark.parametrize("damage", ["state", "memory", "memory-content", "half-written"])
+@pytest.mark.one_edition
 def test_a_damaged_template_costs_a_boot_and_a_warning(
     kata: Kata, made: Templates, damage: str
 ) -> None:
@@ -139,6 +144,7 @@ def test_a_damaged_template_costs_a_boot_and_a_warning(
     assert not template.exists()
 
 
+@pytest.mark.one_edition
 def test_another_configuration_is_another_template(kata: Kata, made: Templates) -> None:
     made.set("hypervisor.qemu", default_memory=1024)
     container = kata.start("sleep", "1000", flags=made.flags)
@@ -148,6 +154,7 @@ def test_another_configuration_is_another_template(kata: Kata, made: Templates) 
     wait_until(lambda: len(made.ready()) == 2, MADE_WITHIN, "the second template is made")
 
 
+@pytest.mark.one_edition
 def test_a_replaced_image_is_another_template(
     kata: Kata, made: Templates, directory: Path, prefix: Path
 ) -> None:
@@ -164,6 +171,7 @@ def test_a_replaced_image_is_another_template(
     assert kind_of(kata.containerd, container) == "cold"
 
 
+@pytest.mark.one_edition
 def test_a_killed_maker_harms_nobody(kata: Kata, templates: Templates) -> None:
     container = kata.start("sleep", "1000", flags=templates.flags)
     pid = wait_for_maker(templates)
@@ -174,6 +182,7 @@ def test_a_killed_maker_harms_nobody(kata: Kata, templates: Templates) -> None:
     templates.wait_made()
 
 
+@pytest.mark.one_edition
 def test_destroy_ends_a_maker(kata: Kata, templates: Templates) -> None:
     kata.start("sleep", "1000", flags=templates.flags)
     pid = wait_for_maker(templates)
@@ -185,6 +194,7 @@ def test_destroy_ends_a_maker(kata: Kata, templates: Templates) -> None:
     assert not Path(f"/proc/{pid}").exists() or is_zombie(pid)
 
 
+@pytest.mark.one_edition
 def test_no_room_for_a_template_is_no_failure(kata: Kata, made: Templates) -> None:
     made.command("destroy")
     made.path.mkdir()

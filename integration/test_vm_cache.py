@@ -107,6 +107,7 @@ def test_it_lives_in_the_pod_s_cgroups_and_network(kata: Kata, cache: Cache) -> 
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.one_edition
 def test_the_end_of_the_cache_harms_no_sandbox(kata: Kata, cache: Cache, number: int) -> None:
     container = kata.start("sleep", "1000", flags=cache.templates.flags)
     assert started(kata, container) == "cache"
@@ -122,6 +123,7 @@ def test_the_end_of_the_cache_harms_no_sandbox(kata: Kata, cache: Cache, number:
     cache.start()
 
 
+@pytest.mark.one_edition
 def test_a_sandbox_from_the_cache_ends_with_its_shim(kata: Kata, cache: Cache) -> None:
     container = kata.start("sleep", "1000", flags=cache.templates.flags)
     vmm, shim = kata.pid_of(container, "vmm"), kata.pid_of(container, "shim")
@@ -129,6 +131,7 @@ def test_a_sandbox_from_the_cache_ends_with_its_shim(kata: Kata, cache: Cache) -
     wait_until(lambda: not Path(f"/proc/{vmm}").exists(), 10, "the VM is gone")
 
 
+@pytest.mark.one_edition
 def test_a_pooled_vm_that_dies_is_replaced(kata: Kata, cache: Cache) -> None:
     (pid,) = cache.ready()
     os.kill(pid, signal.SIGKILL)
@@ -138,6 +141,7 @@ def test_a_pooled_vm_that_dies_is_replaced(kata: Kata, cache: Cache) -> None:
     assert kind_of(kata.containerd, container) == "cache"
 
 
+@pytest.mark.one_edition
 def test_another_configuration_does_not_fit(kata: Kata, cache: Cache) -> None:
     cache.templates.set("hypervisor.qemu", default_memory=1024)
     container = kata.new_id()
@@ -145,6 +149,7 @@ def test_another_configuration_does_not_fit(kata: Kata, cache: Cache) -> None:
     assert kind_of(kata.containerd, container) == "cold"
 
 
+@pytest.mark.one_edition
 def test_only_one_cache_at_a_place(cache: Cache) -> None:
     program = cache.templates.prefix / "bin/kata-vm-cache"
     done = subprocess.run(
@@ -159,6 +164,7 @@ def test_only_one_cache_at_a_place(cache: Cache) -> None:
     assert len(cache.ready()) == 1
 
 
+@pytest.mark.one_edition
 def test_nothing_to_keep_is_an_error(prefix: Path) -> None:
     done = subprocess.run(
         [prefix / "bin/kata-vm-cache"], capture_output=True, text=True, timeout=30, check=False
