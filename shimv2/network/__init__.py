@@ -10,13 +10,16 @@
         await network.configure(guest)
         nursery.start_soon(network.follow, guest)
 
-========================  ========================================================
-`netlink`                 rtnetlink: messages and a socket
-`snapshot`                what a namespace holds: links, addresses, routes, neighbours
-`namespace`               a namespace from outside: reading it, making links in it
-`tap`, `tcfilter`,        how frames get from an interface of the namespace to the VM
-`macvtap`
-`pod_network`             what of it is in the guest, kept so
-`to_agent`                the same as the agent's messages
-========================  ========================================================
+======================  ==========================================================
+`netlink`               rtnetlink: messages and a socket
+`snapshot`              what a namespace holds: links, addresses, routes, neighbours
+`namespace`             a namespace from outside: read, and wired to the VM
+`tap`, `macvtap`        descriptors that a VMM can have as a NIC
+`links`                 changes to links and their traffic control
+`traces`                what of us stands in the namespace, and its removal
+`pod_network`           what of the namespace is in the guest, kept so
+`to_agent`              the same as the agent's messages
+`port_forward`          connections to loopback in the namespace, carried to the guest's
+`loopback_redirect`     the BPF program that catches them
+======================  ==========================================================
 """
