@@ -30,7 +30,7 @@ from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
 from vmm.hypervisor import Device, DeviceAddress, Handover, Placement
-from vmm.vsock import VsockChannel, VsockConnection, VsockRefused
+from vmm.vsock import VsockChannel, VsockConnection, VsockNoAnswer, VsockRefused
 
 if TYPE_CHECKING:
     from shimv2.factory.templates import Templates
@@ -296,13 +296,21 @@ class Guest:
         return streams
 
     async def _connect_streams(self, count: int) -> list[VsockConnection]:
-        """So many connections to the stream port, made at the same time; none if it is closed."""
+        """So many connections to the stream port, made at the same time; none if it is closed.
+        A guest that does not answer has time until it counts as lost."""
         channel = self._machine.channel
         found: list[VsockConnection] = []
 
         async def connect() -> None:
-            with contextlib.suppress(VsockRefused):
-                found.append(await channel.connect(STREAM_PORT))
+            while True:
+                try:
+                    found.append(await channel.connect(STREAM_PORT))
+                except VsockNoAnswer:
+                    if not self._lost.is_set():
+                        continue
+                except VsockRefused:
+                    pass
+                return
 
         async with trio.open_nursery() as nursery:
             for _ in range(count):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vmm.errors import VmmConfigError
 from vmm.vsock import vhost
-from vmm.vsock.channel import VsockChannel, VsockConnection, VsockRefused
+from vmm.vsock.channel import VsockChannel, VsockConnection, VsockNoAnswer, VsockRefused
 from vmm.vsock.hybrid import HybridChannel
 from vmm.vsock.serial import SerialChannel
 from vmm.vsock.vhost import VhostChannel
@@ -20,6 +20,7 @@ __all__ = [
     "VhostUserChannel",
     "VsockChannel",
     "VsockConnection",
+    "VsockNoAnswer",
     "VsockRefused",
     "open_channel",
 ]

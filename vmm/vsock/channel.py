@@ -26,6 +26,10 @@ class VsockRefused(ConnectionRefusedError):
     """Nobody in the guest listens on that port (yet), or nobody can be asked."""
 
 
+class VsockNoAnswer(VsockRefused):
+    """The guest has not said no either: it boots, is busy, or hangs."""
+
+
 class VsockConnection:
     """A byte stream to a guest port.  Close it by ``aclose`` (or by closing `stream`).
 

@@ -17,11 +17,20 @@ import trio
 
 from vmm.errors import CapacityError, UnsupportedError
 from vmm.hypervisor import VsockDevice
-from vmm.vsock.channel import CONNECT_TIMEOUT, VsockChannel, VsockConnection, VsockRefused
+from vmm.vsock.channel import (
+    CONNECT_TIMEOUT,
+    VsockChannel,
+    VsockConnection,
+    VsockNoAnswer,
+    VsockRefused,
+)
 
 DEVICE = Path("/dev/vhost-vsock")
 #: _IOW(0xAF, 0x60, __u64), linux/vhost.h
 VHOST_VSOCK_SET_GUEST_CID = 0x4008AF60
+#: A struct timeval, linux/vm_sockets.h (not in every Python's `socket`).
+SO_VM_SOCKETS_CONNECT_TIMEOUT = 6
+_TIMEVAL = struct.Struct("@ll")
 FIRST_CID = 3
 _LAST_CID = 0x7FFF_FFFF
 _TRIES = 64
@@ -31,7 +40,6 @@ _REFUSALS = frozenset(
     {
         errno.ECONNRESET,
         errno.ECONNREFUSED,
-        errno.ETIMEDOUT,
         errno.ENODEV,
         errno.EHOSTUNREACH,
         errno.ENETUNREACH,
@@ -119,9 +127,11 @@ class VhostChannel(VsockChannel):
             return VsockConnection(trio.SocketStream(sock), host_port)
         except trio.TooSlowError:
             sock.close()
-            raise VsockRefused(f"guest port {port}: no answer") from None
+            raise VsockNoAnswer(f"guest port {port}: no answer") from None
         except OSError as error:
             sock.close()
+            if error.errno == errno.ETIMEDOUT:
+                raise VsockNoAnswer(f"guest port {port}: no answer") from None
             if error.errno in _REFUSALS:
                 raise VsockRefused(f"guest port {port}: {error.strerror}") from None
             raise
@@ -132,4 +142,8 @@ class VhostChannel(VsockChannel):
 
 
 def _vsock_socket() -> trio.socket.SocketType:
-    return trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    sock = trio.socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    # By itself the kernel gives up after 2 s, which a busy guest needs at times.
+    limit = _TIMEVAL.pack(int(CONNECT_TIMEOUT), 0)
+    sock.setsockopt(socket.AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, limit)
+    return sock

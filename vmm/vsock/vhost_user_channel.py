@@ -23,6 +23,7 @@ from vmm.vsock.channel import (
     Handler,
     VsockChannel,
     VsockConnection,
+    VsockNoAnswer,
     VsockRefused,
 )
 from vmm.vsock.link import Link
@@ -143,8 +144,9 @@ class VhostUserChannel(VsockChannel):
             raise
         self._mux.abort(link)
         sock.close()
-        why = "nobody listens" if answered.is_set() else "no answer"
-        raise VsockRefused(f"guest port {port}: {why}")
+        if not answered.is_set():
+            raise VsockNoAnswer(f"guest port {port}: no answer")
+        raise VsockRefused(f"guest port {port}: nobody listens")
 
     async def _ready_to_connect(self) -> None:
         while not self._mux.ready:

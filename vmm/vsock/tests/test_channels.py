@@ -24,6 +24,7 @@ from vmm.vsock import (
     VhostChannel,
     VhostUserChannel,
     VsockConnection,
+    VsockNoAnswer,
     VsockRefused,
     hybrid_server,
     open_channel,
@@ -172,13 +173,19 @@ async def test_vhost_device_that_is_not_there(tmp_path: Path) -> None:
             pass
 
 
-@pytest.mark.parametrize("error", [errno.ECONNRESET, errno.ETIMEDOUT, errno.ENODEV, -1])
-async def test_vhost_refusals(node: Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "silent"),
+    [(errno.ECONNRESET, False), (errno.ENODEV, False), (errno.ETIMEDOUT, True), (-1, True)],
+)
+async def test_vhost_refusals(
+    node: Path, error: int, silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vhost, "CONNECT_TIMEOUT", 0.02)
     fake = FakeSocket(error)
     async with VhostChannel(node, ioctl=lambda *a: 0, make_socket=fake) as channel:
-        with pytest.raises(VsockRefused):
+        with pytest.raises(VsockRefused) as refusal:
             await channel.connect(1024)
+        assert isinstance(refusal.value, VsockNoAnswer) is silent
         assert fake.ours.fileno() == -1
 
 
