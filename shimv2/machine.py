@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -261,6 +262,7 @@ class Machine:
         # Nothing but our own device looks at its CID; still no two guests have the same.
         cid = FIRST_CID + int.from_bytes(os.urandom(4), "little") % (1 << 30)
         channel = open_channel(self._config.hypervisor.vsock, self._directory, cid=cid)
+        channel.on_driver_up = partial(self._timeline.mark, "driver-up")
         self._channel = await self._stack.enter_async_context(channel)
         return channel
 

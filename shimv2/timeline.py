@@ -15,10 +15,12 @@ class Timeline:
 
     Attributes:
         kind: how the VM started: ``cold``, ``template`` or ``cache``.
+        began: the zero, nanoseconds since the epoch.
     """
 
     def __init__(self, origin: float | None = None) -> None:
         self._origin = _process_start() if origin is None else origin
+        self.began = time.time_ns() - int((time.monotonic() - self._origin) * 1e9)
         self.marks: dict[str, float] = {}
         self.kind = "cold"
 

@@ -12,10 +12,13 @@ from pathlib import Path
 from shimv2.config import Config, ConfigError, load_config, locate
 from shimv2.version import VERSION
 
+from .boot_report import BootReportError, add_boot_report, boot_report
+
 EPILOG = """\
 examples:
   kata-runtime check                  can this host run containers in VMs, and how fast
   kata-runtime env --json             versions, paths and settings in force
+  kata-runtime boot-report            where the time of the newest start went
   kata-runtime list                   sandboxes on this host
   kata-runtime factory status         saved VMs that sandboxes are cloned from
   kata-runtime exec 4f2a              a root shell in the guest whose sandbox id starts so
@@ -34,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{parser.prog} --help tells more")
         return 0
     commands = {
+        "boot-report": _boot_report,
         "check": _check,
         "env": _env,
         "exec": _exec,
@@ -116,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=("init", "status", "destroy"),
         help="make the template of this configuration; list all; end makers and remove all",
     )
+    add_boot_report(commands)
     commands.add_parser("version", help="as --version")
     return parser
 
@@ -221,6 +226,13 @@ def _factory(options: argparse.Namespace) -> int:
     try:
         return run(options.action, _config(options))
     except FactoryError as error:
+        return _fail(str(error))
+
+
+def _boot_report(options: argparse.Namespace) -> int:
+    try:
+        return boot_report(options)
+    except BootReportError as error:
         return _fail(str(error))
 
 

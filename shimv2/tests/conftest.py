@@ -7,10 +7,19 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from shimv2.boot import history
+
 Isolated = Callable[[Callable[[], None]], None]
+
+
+@pytest.fixture(autouse=True)
+def own_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts that a test only plays are not kept among the host's."""
+    monkeypatch.setattr(history, "HISTORY", tmp_path / "boot")
 
 
 @pytest.fixture

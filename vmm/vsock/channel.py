@@ -76,9 +76,14 @@ Handler = Callable[[VsockConnection], Awaitable[object]]
 
 class VsockChannel(abc.ABC):
     """Streams to the ports of one guest.  An async context manager: within the block its tasks
-    run, leaving it closes every connection and removes every socket it has made."""
+    run, leaving it closes every connection and removes every socket it has made.
+
+    Attributes:
+        on_driver_up: called whenever the guest's driver has started, by kinds that see it.
+    """
 
     def __init__(self) -> None:
+        self.on_driver_up: Callable[[], None] | None = None
         self._gone: str | None = None
         self._gone_scopes: set[trio.CancelScope] = set()
         self._context: AbstractAsyncContextManager[None] | None = None

@@ -239,6 +239,8 @@ class VhostUserChannel(VsockChannel):
         if self._mux.ready:
             self._up.set()
             self._up = trio.Event()
+            if self.on_driver_up is not None:
+                self.on_driver_up()
 
 
 class _Rings:

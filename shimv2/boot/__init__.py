@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starts of sandboxes: kept on the host, split into phases, and shown."""
