@@ -30,8 +30,8 @@ MEMORY_MIB = 4096
 TCG_BUFFER_MIB = 512
 BOOT_LIMIT = 240.0
 # With ERMS kernels copy by `rep movsb`, which TCG executes byte by byte; of XSAVE a nested guest's
-# kernel finds the sizes inconsistent.
-CPU = "max,-erms,-xsave,+svm,+npt"
+# kernel finds the sizes inconsistent, and without it Linux must not see what needs it.
+CPU = "max,-erms,-xsave,-avx,-avx2,-fma,-f16c,-vaes,-vpclmulqdq,+svm,+npt"
 _KERNEL_PARAMETERS = (
     "root=/dev/vda rootfstype=ext4 console=ttyS0 loglevel=4 mitigations=off nokaslr "
     "systemd.show_status=false systemd.unified_cgroup_hierarchy=1 net.ifnames=0 "
