@@ -39,6 +39,11 @@ def add_boot_report(commands: Any) -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--svg", type=Path, metavar="FILE", help="draw the timeline as an SVG")
+    form.add_argument(
+        "--prometheus",
+        action="store_true",
+        help="print histograms of the phases, of all starts that are kept unless told otherwise",
+    )
 
 
 def boot_report(options: argparse.Namespace) -> int:
@@ -51,9 +56,14 @@ def boot_report(options: argparse.Namespace) -> int:
         known = history.load(history.HISTORY)
     except OSError as error:
         raise BootReportError(f"{error.filename}: {error.strerror}; run it as root") from error
-    chosen = _choose(known, options.sandbox, options.last or 1)
+    every = KEPT if options.prometheus else 1
+    chosen = _choose(known, options.sandbox, options.last or every)
     if options.json:
         print(json.dumps([_row(record) for record in chosen], indent=2))
+    elif options.prometheus:
+        from shimv2.boot.prometheus import expose
+
+        print(expose(chosen), end="")
     elif options.svg is not None:
         from shimv2.boot.svg import draw
 

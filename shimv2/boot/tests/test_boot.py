@@ -4,6 +4,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -209,3 +210,49 @@ def test_wrong_usage(kept: Path, words: tuple[str, ...]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["boot-report", *words])
     assert ended.value.code == 2
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    """What a scraper reads: (name, labels) → value; fails for a line of any other form."""
+    found: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+    for line in text.splitlines():
+        if line.startswith(("# HELP ", "# TYPE ")):
+            continue
+        match = re.fullmatch(r"([a-z_]+)\{((?:[a-z]+=\"[^\"]*\",?)+)\} ([0-9.]+)", line)
+        assert match, line
+        labels = frozenset(re.findall(r'([a-z]+)="([^"]*)"', match[2]))
+        assert (match[1], labels) not in found, line
+        found[match[1], labels] = float(match[3])
+    return found
+
+
+def test_histograms_parse_and_add_up(kept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = {name: at * 2 for name, at in MARKS.items()}
+    for started, changes in enumerate(({}, {"marks": slow}, {"kind": "template"})):
+        history.save(record(started=started, **changes), kept)
+    assert main(["boot-report", "--prometheus"]) == 0
+    text = capsys.readouterr().out
+    found = samples(text)
+    families = re.findall(r"^# TYPE (\S+) histogram$", text, re.M)
+    assert len(families) == 2
+
+    def buckets(name: str, **labels: str) -> list[float]:
+        return [
+            value
+            for (of, its), value in found.items()
+            if of == f"{name}_bucket" and set(labels.items()) < its
+        ]
+
+    whole, part = families
+    cold = frozenset({("kind", "cold")})
+    assert found[f"{whole}_count", cold] == 2
+    assert found[f"{whole}_sum", cold] == pytest.approx(7800)
+    counts = buckets(whole, kind="cold")
+    assert counts == sorted(counts)
+    assert counts[-1] == 2
+    assert found[f"{whole}_bucket", cold | {("le", "4096")}] == 1
+    kernel = cold | {("phase", "kernel")}
+    assert found[f"{part}_sum", kernel] == pytest.approx(2850)
+    assert found[f"{part}_bucket", kernel | {("le", "512")}] == 0
+    assert found[f"{part}_bucket", kernel | {("le", "1024")}] == 1
+    assert found[f"{part}_count", frozenset({("kind", "template"), ("phase", "start")})] == 1
