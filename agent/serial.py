@@ -57,7 +57,10 @@ def find_port(name: str) -> str:
     except FileNotFoundError:
         ports = []
     for port in ports:
-        with open(f"{_SYSFS}/{port}/name", encoding="utf-8") as file:
-            if file.read().strip() == name:
-                return f"/dev/{port}"
+        try:
+            with open(f"{_SYSFS}/{port}/name", encoding="utf-8") as file:
+                if file.read().strip() == name:
+                    return f"/dev/{port}"
+        except FileNotFoundError:  # a console's has none
+            continue
     raise FileNotFoundError(f"no virtio-serial port is called {name!r}")
