@@ -291,6 +291,7 @@ class Machine:
         self.launched.set()
         self._on_process("vmm", vm.pid)
         self._timeline.mark("vmm-started")
+        self._timeline.accelerator = vm.accelerator.value
         self._nursery.start_soon(copy_console, self._console, _console_line)
 
 

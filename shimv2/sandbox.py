@@ -390,6 +390,7 @@ class Sandbox:
             self.timeline.kind,
             self.timeline.began,
             {name: round(seconds, 6) for name, seconds in self.timeline.marks.items()},
+            self.timeline.accelerator,
         )
         try:
             with trio.CancelScope(shield=True):  # of a container that ends at once, too

@@ -15,6 +15,7 @@ class Timeline:
 
     Attributes:
         kind: how the VM started: ``cold``, ``template`` or ``cache``.
+        accelerator: of the VM, as QEMU calls it; "" as long as there is none.
         began: the zero, nanoseconds since the epoch.
     """
 
@@ -23,6 +24,7 @@ class Timeline:
         self.began = time.time_ns() - int((time.monotonic() - self._origin) * 1e9)
         self.marks: dict[str, float] = {}
         self.kind = "cold"
+        self.accelerator = ""
 
     def mark(self, name: str) -> None:
         """Note that `name` is reached now; a name counts the first time."""

@@ -37,6 +37,7 @@ class BootRecord:
         kind: ``cold``, ``template`` or ``cache``.
         started: when the shim process began, nanoseconds since the epoch.
         marks: name → seconds after that.
+        accelerator: ``kvm`` or ``tcg``; "" if it is not known.
 
     Raises:
         BadRecordError: a field is not what it should be.
@@ -47,6 +48,7 @@ class BootRecord:
     kind: str
     started: int
     marks: dict[str, float]
+    accelerator: str = ""
 
     def __post_init__(self) -> None:
         for field in ("id", "namespace"):
@@ -55,6 +57,8 @@ class BootRecord:
                 raise BadRecordError(f"{field} {value!r} is no identifier")
         if self.kind not in KINDS:
             raise BadRecordError(f"kind {self.kind!r} is none of {', '.join(KINDS)}")
+        if self.accelerator not in ("", "kvm", "tcg"):
+            raise BadRecordError(f"accelerator {self.accelerator!r} is neither kvm nor tcg")
         if type(self.started) is not int or not 0 <= self.started < 10**20:
             raise BadRecordError(f"started {self.started!r} is no time in nanoseconds")
         if not isinstance(self.marks, dict) or not self.marks:
@@ -67,7 +71,9 @@ class BootRecord:
     def parse(cls, text: str) -> BootRecord:
         """Raises BadRecordError, also for what is no JSON object of these fields."""
         try:
-            return cls(**json.loads(text))
+            fields = json.loads(text)
+            # A newer shim may have more to tell.
+            return cls(**{name: fields[name] for name in cls.__slots__ if name in fields})
         except BadRecordError:
             raise
         except (ValueError, TypeError) as error:

@@ -12,17 +12,17 @@ from .phases import Phase, phases, total
 
 # Pixels.
 _WIDTH = 860
-_LEFT = 226  # where bars begin
+_LEFT = 250  # where bars begin
 _RIGHT = 78  # kept free for the figure behind the longest bar
 _ROW = 26
 _BAR = 14
 _HEAD = 52
-_FOOT = 40
+_FOOT = 42
 _MARGIN = 20
 
 _STYLE = """\
-text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;\
-fill:#1f2328}
+text{font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;\
+font-size:13px;fill:#1f2328}
 .title{font-size:15px;font-weight:600}
 .muted,.tick,.figure{fill:#59636e;font-size:12px}
 .figure,.tick{font-variant-numeric:tabular-nums}
@@ -34,14 +34,14 @@ text{fill:#f0f6fc}
 .grid{stroke:#3d444d}
 .host{fill:#6ea8fe}.guest{fill:#f0a04b}.pod{fill:#4cc38a}
 }"""
-_SIDES = {"host": "host", "guest": "guest boots", "pod": "pod and container"}
+_SIDES = {"host": "host", "guest": "guest", "pod": "pod and container"}
 
 
 def draw(records: list[BootRecord]) -> str:
     """A document of its own; all starts to one scale."""
     longest = max(map(total, records), default=0.0) or 1.0
     heights = [_HEAD + _ROW * len(phases(record)) + _FOOT for record in records]
-    height = sum(heights) + _MARGIN * 2
+    height = sum(heights) + _MARGIN
     names = ", ".join(f"{record.kind} start {total(record):.2f} s" for record in records)
     body: list[str] = []
     top = _MARGIN
@@ -71,7 +71,8 @@ def ticks(longest: float) -> list[float]:
 
 def _block(record: BootRecord, top: int, longest: float) -> Iterator[str]:
     found = phases(record)
-    title = f"{record.kind.capitalize()} start: {_seconds(total(record))}"
+    by = f" ({record.accelerator.upper()})" if record.accelerator else ""
+    title = f"{record.kind.capitalize()} start{by}: {_seconds(total(record))}"
     yield f'<text class="title" x="{_MARGIN}" y="{top + 16}">{escape(title)}</text>'
     yield from _legend(found, top)
     first = top + _HEAD
@@ -102,15 +103,15 @@ def _block(record: BootRecord, top: int, longest: float) -> Iterator[str]:
 
 
 def _legend(found: list[Phase], top: int) -> Iterator[str]:
-    x = _LEFT
+    x: float = _LEFT + 20
     for side, name in _SIDES.items():
         seconds = sum(phase.seconds for phase in found if phase.side == side)
         if not seconds:
             continue
         text = f"{name} {_seconds(seconds)}"
-        yield f'<rect class="{side}" x="{x}" y="{top + 6}" width="10" height="10" rx="2"/>'
-        yield f'<text class="muted" x="{x + 16}" y="{top + 15}">{escape(text)}</text>'
-        x += 40 + 7 * len(text)
+        yield f'<rect class="{side}" x="{x:.0f}" y="{top + 6}" width="10" height="10" rx="2"/>'
+        yield f'<text class="muted" x="{x + 16:.0f}" y="{top + 15}">{escape(text)}</text>'
+        x += 40 + 6.4 * len(text)
 
 
 def _x(seconds: float, longest: float) -> float:

@@ -24,8 +24,9 @@ def render(records: list[BootRecord], width: int, *, unicode: bool = True) -> st
 
 def heading(record: BootRecord) -> str:
     """One line: which start this is, how the VM came to be, how long it took."""
+    by = f" by {record.accelerator.upper()}" if record.accelerator else ""
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started / 1e9))
-    return f"{record.id}  {record.kind} start, {total(record):.3f} s  ({at})"
+    return f"{record.id}  {record.kind} start{by}, {total(record):.3f} s  ({at})"
 
 
 def _block(

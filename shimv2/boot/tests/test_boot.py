@@ -71,6 +71,7 @@ def test_the_newest_hundred_are_kept(kept: Path) -> None:
         ("id", 7),
         ("namespace", "a/b"),
         ("kind", "warm"),
+        ("accelerator", "xen"),
         ("started", -1),
         ("started", True),
         ("marks", {}),
@@ -89,10 +90,16 @@ def vars_of(of: BootRecord) -> dict[str, Any]:
 
 def test_files_that_are_no_record_are_passed_over(kept: Path) -> None:
     history.save(record(), kept)
-    for number, content in enumerate((b"", b"[]", b"\xff", b"{}", b'{"id": "x", "more": 1}')):
+    for number, content in enumerate((b"", b"[]", b"\xff", b"{}", b"7", b'{"id": "x"}')):
         (kept / f"{number:020d}-x.json").write_bytes(content)
     (kept / "notes.txt").write_text("not ours")
     assert history.load(kept) == [record()]
+
+
+def test_a_newer_shim_may_tell_more_and_an_older_one_less() -> None:
+    fields = vars_of(record())
+    del fields["accelerator"]
+    assert BootRecord.parse(json.dumps(fields | {"weather": "fair"})) == record()
 
 
 def test_a_failed_write_leaves_nothing(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
