@@ -50,9 +50,13 @@ def test_a_cold_start_and_a_clone_are_kept_and_shown(
     done = report(prefix, ids[0], "--svg", file)
     assert done.returncode == 0, done.stderr
     texts = [element.text or "" for element in ET.parse(file).iter()]
-    assert any(text.startswith("Cold start: ") for text in texts)
+    title = f"Cold start ({cold['accelerator'].upper()}): "
+    assert any(text.startswith(title) for text in texts)
     assert "firmware, kernel" in report(prefix, ids[0]).stdout
     assert ids[0] in report(prefix, "--last", "100").stdout
+    assert 'phase_durations_histogram_milliseconds_count{kind="cold",phase="kernel"} 1' in (
+        report(prefix, ids[0], "--prometheus").stdout
+    )
 
 
 def test_an_unknown_sandbox_is_no_start(kata: Kata, prefix: Path) -> None:

@@ -73,6 +73,19 @@ async def test_session_offers_what_qemu_needs(rig: RigFactory) -> None:
         assert r.channel.driver_up
 
 
+async def test_the_drivers_start_is_told_once(rig: RigFactory) -> None:
+    async with rig(start=False) as r:
+        told: list[bool] = []
+        r.channel.on_driver_up = lambda: told.append(r.channel.driver_up)
+        assert told == []
+        await r.call(r.driver.start)
+        with trio.fail_after(5):
+            while not r.channel.driver_up:
+                await trio.sleep(0.001)
+        await trio.testing.wait_all_tasks_blocked()
+        assert told == [True]
+
+
 async def test_memory_table_of_old_front_ends(rig: RigFactory) -> None:
     async with rig(start=False) as r:
         await r.call(lambda: r.driver.start(slots=False))
