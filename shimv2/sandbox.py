@@ -22,7 +22,6 @@ from google.protobuf import timestamp_pb2
 from shimv2 import pod_config, volumes
 from shimv2 import spec as oci
 from shimv2.api import task_events_pb2
-from shimv2.boot import history
 from shimv2.bootstrap import config_path_of
 from shimv2.config import apply_annotations, load_config
 from shimv2.container import Container
@@ -384,18 +383,21 @@ class Sandbox:
 
     async def _keep_start(self) -> None:
         """For `kata-runtime boot-report`; in a thread, since Start's answer is due."""
-        record = history.BootRecord(
-            self.id,
-            self.settings.namespace,
-            self.timeline.kind,
-            self.timeline.began,
-            {name: round(seconds, 6) for name, seconds in self.timeline.marks.items()},
-            self.timeline.accelerator,
-        )
+        marks = {name: round(seconds, 6) for name, seconds in self.timeline.marks.items()}
+
+        def keep() -> None:
+            from shimv2.boot import history  # no start has to wait for this import
+
+            timeline, namespace = self.timeline, self.settings.namespace
+            record = history.BootRecord(
+                self.id, namespace, timeline.kind, timeline.began, marks, timeline.accelerator
+            )
+            history.save(record, history.HISTORY)
+
         try:
             with trio.CancelScope(shield=True):  # of a container that ends at once, too
-                await trio.to_thread.run_sync(history.save, record, history.HISTORY)
-        except OSError as error:
+                await trio.to_thread.run_sync(keep)
+        except (OSError, ValueError) as error:
             log.warning("this start is not kept for boot-report: %s", error)
 
     def init_exited(self, container: Container) -> None:
