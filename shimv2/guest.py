@@ -233,6 +233,7 @@ class Guest:
         self, storages: list[agent_pb2.Storage], hostname: str, dns: list[str]
     ) -> None:
         await self.set_time()
+        self._timeline.mark("agent-answers")
         await self.call(
             "CreateSandbox",
             agent_pb2.CreateSandboxRequest(

@@ -13,7 +13,7 @@ _PHASES = {
     "prepared": ("prepare", "host", "vsock, virtiofsd, VMM prepared"),
     "vmm-started": ("vmm", "host", "VMM launched"),
     "driver-up": ("kernel", "guest", "firmware, kernel"),
-    "agent-connected": ("agent", "guest", "agent"),
+    "agent-answers": ("agent", "guest", "agent"),
     "sandbox-created": ("sandbox", "pod", "sandbox set up"),
     "network": ("network", "pod", "network set up"),
     "container-created": ("create", "pod", "container created"),
@@ -60,8 +60,9 @@ class Phase:
 def phases(record: BootRecord) -> list[Phase]:
     """In the order in which they ended; together they leave no gap.
 
-    Without a mark of the driver (the host's own vhost-vsock shows none) kernel and agent are
-    one phase, called ``boot``.
+    Without a mark of the driver (neither vhost-vsock nor a serial port shows it) kernel and
+    agent are one phase, called ``boot``.  The agent is there when it has answered: a serial
+    port can be connected to long before.
     """
     found: list[Phase] = []
     begin = 0.0
@@ -71,7 +72,7 @@ def phases(record: BootRecord) -> list[Phase]:
             continue
         name, side, title = _PHASES[mark]
         title = clones.get(mark, title)
-        if mark == "agent-connected" and "driver-up" not in record.marks:
+        if mark == "agent-answers" and "driver-up" not in record.marks:
             name = "boot"
             title = "agent" if clones else "firmware, kernel, agent"
         found.append(Phase(name, side, title, begin, end))
