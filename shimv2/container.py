@@ -17,16 +17,18 @@ from agent.api import agent_pb2, oci_pb2
 from shimv2.api import task_events_pb2, task_types_pb2
 from shimv2.guest_spec import guest_spec, process_from_json, resources_from_json
 from shimv2.hooks import ContainerState, run_hooks
-from shimv2.process import Process, State
+from shimv2.process import LOST_STATUS, Process, State
 from shimv2.rootfs import Rootfs
 from shimv2.spec import HookKind, Spec, SpecError
 from shimv2.volumes import share_mounts
 from ttrpc.errors import Code, RpcError
+from vmm.errors import VmmError
 
 if TYPE_CHECKING:
     from shimv2.guest import Guest
     from shimv2.life import Life, Origin
     from shimv2.sandbox import Sandbox
+    from shimv2.streams import ProcessStreams
 
 log = logging.getLogger("container")
 
@@ -36,6 +38,11 @@ _RESOURCES_TYPE = "opencontainers/runtime-spec/1/LinuxResources"
 _RESOLV_CONF = "/etc/resolv.conf"
 _SIGKILL = 9
 _SIGNAL_LIMIT = 64
+_KILLED_STATUS = 128 + _SIGKILL
+_SIGKILL_LIMIT = 4.0  # seconds for the guest to take a SIGKILL
+_HEALTH_LIMIT = 2.0  # and then to answer at all
+_LOSS_LIMIT = 2.0  # from a lost guest to the exit of what ran in it
+_ABANDON_LIMIT = 5.0  # for the guest to forget a container whose Create failed
 _EXEC_WAIT = 1.0  # seconds that the exit of init waits for its execs to report theirs
 _CREATE_LIMIT = 60.0  # seconds, where create_container_timeout doesn't say
 
@@ -59,15 +66,17 @@ class Container:
         self._sandbox = sandbox
         self._life: Life | None = None
         self._rootfs: Rootfs | None = None
-        self._in_guest = False
-        self._exec_sizes: dict[str, agent_pb2.ExecProcessRequest] = {}
+        self._in_guest = False  # or may be, for what we know
+        self._hooks_ran = False
+        self._deleted = False
+        self._exec_requests: dict[str, agent_pb2.ExecProcessRequest] = {}
 
     # --- create and start ---------------------------------------------------------------
 
     async def create(self, life: Life, mounts: list[Any]) -> None:
         """Mount the root file system, share it, and create the container in the guest.
 
-        Host work is done while the VM still boots.  On an error call `release`.
+        Host work is done while the VM still boots.  On an error call `abandon`.
         """
         self._life = life
         self.spec.check_container()
@@ -81,7 +90,7 @@ class Container:
             log.warning("mount left out: %s", reason)
         self._sandbox.timeline.mark("rootfs-shared")
         guest = await life.guest()
-        await self._run_hooks(HookKind.PRESTART, HookKind.CREATE_RUNTIME)
+        await self._run_create_hooks()
         streams = await self.init.open_streams(guest, self._sandbox.nursery)
         self._sandbox.timeline.mark("streams-open")
         try:
@@ -103,13 +112,28 @@ class Container:
                 sandbox_pidns=self.spec.sandbox_pidns,
             )
             streams.put_ports(request)
+            self._in_guest = True
             await guest.call("CreateContainer", request, limit=limit)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await streams.aclose()
             raise
-        self._in_guest = True
         self.init.stdio.start(streams.stdin, streams.stdout, streams.stderr)
+
+    async def _run_create_hooks(self) -> None:
+        self._hooks_ran = True
+        await self._run_hooks(HookKind.PRESTART, HookKind.CREATE_RUNTIME)
+
+    async def abandon(self) -> None:
+        """Undo a Create that failed, however far it was.  What fails here is logged."""
+        try:
+            with trio.move_on_after(_ABANDON_LIMIT):
+                await self._remove_from_guest()
+            await self.release()
+            if self._hooks_ran:  # what the first ones set up, the last ones take away
+                await self._run_hooks(HookKind.POSTSTOP)
+        except Exception:
+            log.exception("container %s: not all of a failed Create was undone", self.id)
 
     def watch(self) -> None:
         """From now on the end of init is seen, also of one that was never started."""
@@ -123,20 +147,26 @@ class Container:
             # Hooks, and `ctr run --cni`, set the network up between Create and Start.
             if self._life is not None:
                 await self._life.update_network()
-            await guest.call(
-                "StartContainer", agent_pb2.StartContainerRequest(container_id=self.id)
-            )
-            self.init.state = State.RUNNING
-            if self.init.size is not None:
-                await self._resize(guest, self.init, self.init.size)
+            # A caller that gave up leaves no process behind of which nobody knows.
+            with trio.CancelScope(shield=True):
+                await guest.call(
+                    "StartContainer", agent_pb2.StartContainerRequest(container_id=self.id)
+                )
+            self.init.started()
             self._sandbox.events.publish(
                 task_events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )
+            await self._resize_first(guest, self.init)
         await self._run_hooks(HookKind.POSTSTART)
 
     async def _watch_init(self) -> None:
-        guest = await self._guest()
-        status = await self.init.wait_in_guest(guest)
+        try:
+            guest = await self._guest()
+        except (RpcError, VmmError) as error:
+            log.warning("%s lost: %s", self.init.describe(), error)
+            status = LOST_STATUS
+        else:
+            status = await self.init.wait_in_guest(guest)
         with trio.move_on_after(_EXEC_WAIT):
             for process in list(self.execs.values()):
                 if process.state is State.RUNNING:
@@ -161,11 +191,14 @@ class Container:
     def guest_lost(self) -> None:
         """The VM is gone: what has not been reported as ended has ended with 255."""
         for process in self.processes():
-            if process.state is not State.STOPPED and self._was_started(process):
-                self._exited(process, 255)
+            self._end(process, LOST_STATUS)
 
-    def _was_started(self, process: Process) -> bool:
-        return process is self.init or process.state is State.RUNNING
+    def _end(self, process: Process, status: int) -> None:
+        """Take it for ended; an exec that was never started has no exit event."""
+        if process is self.init or process.state is State.RUNNING:
+            self._exited(process, status)
+        else:
+            process.set_exited(status)
 
     # --- exec ---------------------------------------------------------------------------
 
@@ -176,7 +209,8 @@ class Container:
             RpcError: AlreadyExists; FailedPrecondition once the container has ended.
             SpecError: the process can't be executed.
         """
-        if request.exec_id in self.execs:
+        # The agent takes the container's own id for its init.
+        if request.exec_id in self.execs or request.exec_id == self.id:
             raise RpcError(
                 Code.ALREADY_EXISTS, f"exec {request.exec_id!r} of {self.id!r} exists already"
             )
@@ -196,7 +230,7 @@ class Container:
         spec = process_from_json(request.spec.value).message
         spec.Terminal = request.terminal
         self.execs[request.exec_id] = process
-        self._exec_sizes[request.exec_id] = agent_pb2.ExecProcessRequest(
+        self._exec_requests[request.exec_id] = agent_pb2.ExecProcessRequest(
             container_id=self.id, exec_id=request.exec_id, process=spec
         )
         self._sandbox.events.publish(
@@ -204,28 +238,37 @@ class Container:
         )
 
     async def start_exec(self, process: Process) -> None:
-        """Run an exec that `add_exec` noted."""
-        process.require("start", State.CREATED)
-        self.init.require("exec in", State.RUNNING)
-        if self.paused:
-            raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} is paused")
-        guest = await self._guest()
-        request = self._exec_sizes[process.exec_id]
-        streams = await process.open_streams(guest, self._sandbox.nursery)
+        """Run an exec that `add_exec` noted.  One that can't be started has ended with 255."""
+        async with process.lock:
+            process.require("start", State.CREATED)
+            self.init.require("exec in", State.RUNNING)
+            if self.paused:
+                raise RpcError(Code.FAILED_PRECONDITION, f"container {self.id!r} is paused")
+            guest = await self._guest()
+            try:
+                # A caller that gave up leaves no process behind of which nobody knows.
+                with trio.CancelScope(shield=True):
+                    await self._exec_in_guest(guest, process)
+            except BaseException:
+                process.set_exited(LOST_STATUS)
+                raise
+
+    async def _exec_in_guest(self, guest: Guest, process: Process) -> None:
+        request = self._exec_requests[process.exec_id]
+        streams: ProcessStreams | None = None
         try:
+            streams = await process.open_streams(guest, self._sandbox.nursery)
             streams.put_ports(request)
             if process.size is not None:
                 request.process.ConsoleSize.Height, request.process.ConsoleSize.Width = process.size
             await guest.call("ExecProcess", request)
-        except BaseException as error:
-            with trio.CancelScope(shield=True):
+            process.started()
+        except BaseException:
+            if streams is not None:
                 await streams.aclose()
-                await process.close_stdio()
-            if isinstance(error, RpcError):
-                process.set_exited(255)
+            await process.close_stdio()
             raise
         process.stdio.start(streams.stdin, streams.stdout, streams.stderr)
-        process.state = State.RUNNING
         self._sandbox.events.publish(
             task_events_pb2.TaskExecStarted(
                 container_id=self.id, exec_id=process.exec_id, pid=self._sandbox.pid
@@ -238,39 +281,57 @@ class Container:
 
     async def delete_exec(self, process: Process) -> None:
         """Forget an exec that does not run."""
-        process.require("delete", State.CREATED, State.STOPPED)
-        await process.close_stdio()
-        self.execs.pop(process.exec_id, None)
-        self._exec_sizes.pop(process.exec_id, None)
+        async with process.lock:  # a Start under way comes first
+            self.process(process.exec_id)  # another Delete may have been faster
+            process.require("delete", State.CREATED, State.STOPPED)
+            self._end(process, LOST_STATUS)  # so that nobody waits any longer
+            with trio.CancelScope(shield=True):
+                await process.close_stdio()
+            self.execs.pop(process.exec_id, None)
+            self._exec_requests.pop(process.exec_id, None)
 
     # --- the end ------------------------------------------------------------------------
 
     async def delete(self) -> None:
         """Remove the container from the guest and its mounts from the host."""
         async with self.lock:
+            if self._deleted:
+                raise RpcError(Code.NOT_FOUND, f"{self.init.describe()} does not exist")
             self.init.require("delete", State.CREATED, State.STOPPED)
             if self.init.state is State.CREATED:
                 await self._kill_created()
-            for process in self.execs.values():
-                await process.close_stdio()
             await self._remove_from_guest()
-            await self.release()
+            # What is only let go of on the host is not left half done by a caller's deadline.
+            with trio.CancelScope(shield=True):
+                await self._end_execs()
+                await self.release()
             await self._run_hooks(HookKind.POSTSTOP)
+            self._deleted = True
 
     async def _kill_created(self) -> None:
-        with contextlib.suppress(RpcError):
-            guest = await self._guest()
-            await guest.call(
-                "SignalProcess",
-                agent_pb2.SignalProcessRequest(container_id=self.id, signal=_SIGKILL),
-            )
-        self.init.set_exited(128 + _SIGKILL)
+        if self._in_guest:
+            with contextlib.suppress(RpcError, VmmError):
+                await self._kill_for_sure(
+                    await self._guest(),
+                    agent_pb2.SignalProcessRequest(container_id=self.id, signal=_SIGKILL),
+                )
+        self._exited(self.init, _KILLED_STATUS)
+
+    async def _end_execs(self) -> None:
+        """Nothing of the container is in the guest any more: each exec has its exit event."""
+        with trio.move_on_after(_EXEC_WAIT):
+            for process in list(self.execs.values()):
+                if process.state is State.RUNNING:
+                    await process.exited.wait()
+        for process in list(self.execs.values()):
+            self._end(process, _KILLED_STATUS)
+            await process.close_stdio()
 
     async def _remove_from_guest(self) -> None:
         # The VM of the last container is on its way out, and its guest with it.
         if not self._in_guest or self._life is None or not self._life.is_running:
             return
-        with contextlib.suppress(RpcError):
+        with contextlib.suppress(RpcError, VmmError):
             guest = await self._guest()
             await guest.call(
                 "RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=self.id)
@@ -280,10 +341,12 @@ class Container:
     async def release(self) -> None:
         """Let go of what the host holds for it: streams, shared directories, mounts."""
         await self.init.close_stdio()
-        self._sandbox.share.remove_container(self.id)
-        if self._rootfs is not None:
-            self._rootfs.unmount()
-            self._rootfs = None
+        try:
+            self._sandbox.share.remove_container(self.id)
+        finally:
+            if self._rootfs is not None:
+                self._rootfs.unmount()
+                self._rootfs = None
 
     # --- while it runs ------------------------------------------------------------------
 
@@ -293,19 +356,47 @@ class Container:
         Raises:
             RpcError: NotFound for a process that has ended, InvalidArgument for a bad signal.
         """
-        if not 0 <= signal <= _SIGNAL_LIMIT:
-            raise RpcError(Code.INVALID_ARGUMENT, f"signal {signal} does not exist")
-        if process.state is State.STOPPED:
-            raise RpcError(Code.NOT_FOUND, f"{process.describe()}: process already finished")
+        self._check_signal(process, signal)
         if process.exec_id and process.state is State.CREATED:
             raise RpcError(Code.FAILED_PRECONDITION, f"{process.describe()} is not started")
         guest = await self._guest()
         # Empty means init, and for SIGKILL everyone in the container's cgroup.
         target = process.exec_id or ("" if everyone or signal == _SIGKILL else self.id)
-        await guest.call(
-            "SignalProcess",
-            agent_pb2.SignalProcessRequest(container_id=self.id, exec_id=target, signal=signal),
+        request = agent_pb2.SignalProcessRequest(
+            container_id=self.id, exec_id=target, signal=signal
         )
+        try:
+            if signal == _SIGKILL:
+                await self._kill_for_sure(guest, request)
+            else:
+                await guest.call("SignalProcess", request)
+        except RpcError as error:
+            if error.code != Code.UNAVAILABLE:
+                raise
+            # The guest is lost, so the process is as well, in a moment.
+            with trio.move_on_after(_LOSS_LIMIT):
+                await process.exited.wait()
+            self._check_signal(process, signal)
+            raise
+
+    async def _kill_for_sure(self, guest: Guest, request: agent_pb2.SignalProcessRequest) -> None:
+        """SIGKILL; a guest that neither takes it nor is healthy is lost, and so ends at once."""
+        try:
+            await guest.call("SignalProcess", request, limit=_SIGKILL_LIMIT)
+        except RpcError as error:
+            if error.code != Code.DEADLINE_EXCEEDED:
+                raise
+            if await guest.is_healthy(_HEALTH_LIMIT):
+                await guest.call("SignalProcess", request)  # slow, but it lives
+            else:
+                guest.declare_lost("it neither took a SIGKILL nor answered a health check")
+
+    @staticmethod
+    def _check_signal(process: Process, signal: int) -> None:
+        if not 0 <= signal <= _SIGNAL_LIMIT:
+            raise RpcError(Code.INVALID_ARGUMENT, f"signal {signal} does not exist")
+        if process.state is State.STOPPED:
+            raise RpcError(Code.NOT_FOUND, f"{process.describe()}: process already finished")
 
     async def pause(self) -> None:
         """Freeze the container's processes."""
@@ -347,6 +438,14 @@ class Container:
         if process.state is State.RUNNING:
             await self._resize(await self._guest(), process, process.size)
 
+    async def _resize_first(self, guest: Guest, process: Process) -> None:
+        if process.size is None:
+            return
+        try:
+            await self._resize(guest, process, process.size)
+        except RpcError as error:  # it runs, whatever its size
+            log.warning("%s: size of the terminal: %s", process.describe(), error.message)
+
     async def _resize(self, guest: Guest, process: Process, size: tuple[int, int]) -> None:
         if not process.terminal:
             return
@@ -379,7 +478,8 @@ class Container:
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """What the guest counts for this container."""
-        self.init.require("measure", State.CREATED, State.RUNNING)
+        if self.init.state is State.STOPPED:
+            raise RpcError(Code.NOT_FOUND, f"{self.init.describe()} has ended: no statistics")
         guest = await self._guest()
         reply: agent_pb2.StatsContainerResponse = await guest.call(
             "StatsContainer", agent_pb2.StatsContainerRequest(container_id=self.id)

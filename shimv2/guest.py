@@ -49,6 +49,7 @@ _HEALTH_EVERY = 5.0
 _HEALTH_LIMIT = 10.0
 _HEALTH_TRIES = 2
 _CLOCK_EVERY = 60.0
+_MESSAGE_LIMIT = 4096  # characters
 _RESEED_BYTES = 512  # what Kata sends after a clone
 
 _AGENT = agent_pb2.DESCRIPTOR.services_by_name["AgentService"]
@@ -107,8 +108,10 @@ class Guest:
         trace: TracebackType | None,
     ) -> None:
         self.declare_lost("the sandbox is stopped")
-        await self._machine.stop()
-        await self._stack.aclose()
+        try:
+            await self._machine.stop()
+        finally:
+            await self._stack.aclose()
 
     # --- boot ---------------------------------------------------------------------------
 
@@ -257,7 +260,18 @@ class Guest:
         """
         if self._lost.is_set():
             raise RpcError(Code.UNAVAILABLE, f"the guest is lost: {self._lost_reason}")
-        return await getattr(self._client.stub(_AGENT), method)(request, timeout=limit)
+        try:
+            return await getattr(self._client.stub(_AGENT), method)(request, timeout=limit)
+        except RpcError as error:
+            raise RpcError(error.code, _clipped(error.message)) from None
+
+    async def is_healthy(self, limit: float) -> bool:
+        """Whether the agent answers within `limit` seconds."""
+        try:
+            await self._client.stub(_HEALTH).Check(health_pb2.CheckRequest(), timeout=limit)
+        except RpcError:
+            return False
+        return True
 
     async def wait_process(self, container_id: str, exec_id: str) -> int:
         """The exit status of a process, however long it takes.
@@ -313,12 +327,15 @@ class Guest:
                     pass
                 return
 
-        async with trio.open_nursery() as nursery:
-            for _ in range(count):
-                nursery.start_soon(connect)
+        try:
+            async with concurrently() as nursery:
+                for _ in range(count):
+                    nursery.start_soon(connect)
+        except BaseException:
+            await _close_all(found)
+            raise
         if len(found) < count:
-            for connection in found:
-                await connection.aclose()
+            await _close_all(found)
             return []
         return found
 
@@ -431,6 +448,18 @@ class Guest:
                 Sec=now // 1_000_000_000, Usec=now % 1_000_000_000 // 1000
             ),
         )
+
+
+def _clipped(message: str) -> str:
+    """What the guest says of an error, fit for a log and for containerd."""
+    text = "".join(c if c.isprintable() else " " for c in message[:_MESSAGE_LIMIT])
+    return text if len(message) <= _MESSAGE_LIMIT else text + "…"
+
+
+async def _close_all(connections: list[VsockConnection]) -> None:
+    with trio.CancelScope(shield=True):
+        for connection in connections:
+            await connection.aclose()
 
 
 def _module(text: str) -> agent_pb2.KernelModule:

@@ -71,6 +71,11 @@ class Life:
     def is_running(self) -> bool:
         return self._guest is not None and not self._ended.is_set() and not self._stop.is_set()
 
+    @property
+    def was_stopped(self) -> bool:
+        """Somebody asked for its end."""
+        return self._stop.is_set()
+
     async def guest(self) -> Guest:
         """The booted guest; waits for the end of the boot.
 
@@ -83,6 +88,11 @@ class Life:
         if self._guest is None or self._ended.is_set():
             raise RpcError(Code.UNAVAILABLE, f"the VM of sandbox {self._sandbox.id!r} has ended")
         return self._guest
+
+    def require_running(self) -> None:
+        """Raises UNAVAILABLE once the VM has ended or is about to."""
+        if not self.is_running:
+            raise RpcError(Code.UNAVAILABLE, f"the VM of sandbox {self._sandbox.id!r} has ended")
 
     async def update_network(self) -> None:
         """See that the guest has what was put into the pod's network namespace up to now.
@@ -111,7 +121,8 @@ class Life:
             cause = _single(error)
             reason = str(cause) or type(cause).__name__
             self._failure = cause
-            log.error("the VM did not start: %s", reason, exc_info=cause)
+            what = "failed" if self._decided.is_set() else "did not start"
+            log.error("the VM %s: %s", what, reason, exc_info=cause)
         finally:
             self._decided.set()
             self._ended.set()
@@ -126,7 +137,6 @@ class Life:
         with SandboxPlacement(sandbox.id, origin) as placement:
             self.netns = placement.netns_path
             sandbox.remember_cgroups(placement.cgroup_dirs)
-            sandbox.share.open()
             templates = _templates(origin.config)
             while True:
                 try:

@@ -27,7 +27,7 @@ class PauseContainer(Container):
         """Wait for the VM; the root file system isn't needed."""
         self._life = life
         await life.guest()
-        await self._run_hooks(HookKind.PRESTART, HookKind.CREATE_RUNTIME)
+        await self._run_create_hooks()
 
     def watch(self) -> None:
         """Nothing to watch: `kill` is its only end, besides that of the VM."""
@@ -35,7 +35,7 @@ class PauseContainer(Container):
     async def start(self) -> None:
         async with self.lock:
             self.init.require("start", State.CREATED)
-            self.init.state = State.RUNNING
+            self.init.started()
             self._sandbox.events.publish(
                 task_events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )
@@ -45,8 +45,7 @@ class PauseContainer(Container):
         if process.exec_id:
             await super().kill(process, signal, everyone=everyone)
             return
-        if process.state is State.STOPPED:
-            raise RpcError(Code.NOT_FOUND, f"{process.describe()}: process already finished")
+        self._check_signal(process, signal)
         if signal:
             # As the pause program: it leaves with 0 when told to end.
             self._exited(process, 0 if signal in (_SIGTERM, _SIGINT) else 128 + signal)

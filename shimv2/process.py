@@ -68,6 +68,7 @@ class Process:
         self.exit_status = 0
         self.exited_at = 0
         self.exited = trio.Event()
+        self.lock = trio.Lock()  # an exec's start and delete
         self.size: tuple[int, int] | None = None  # (rows, columns) asked for before the start
         self.stdio = Stdio(
             stdin=stdin,
@@ -98,14 +99,20 @@ class Process:
         )
 
     async def _hold_stdio(self, task_status: trio.TaskStatus[None]) -> None:
-        async with self.stdio:
-            await self.stdio.open()
-            self._stdio_closed = trio.Event()
-            task_status.started()
-            try:
-                await self._stdio_close.wait()
-            finally:
-                self._stdio_closed.set()
+        try:
+            async with self.stdio:
+                await self.stdio.open()
+                self._stdio_closed = trio.Event()
+                task_status.started()
+                try:
+                    await self._stdio_close.wait()
+                finally:
+                    self._stdio_closed.set()
+        except Exception:
+            if self._stdio_closed is None:
+                raise
+            # It has no say in what becomes of the sandbox's other processes.
+            log.exception("stdio of %s", self.describe())
 
     async def close_stdio(self) -> None:
         """Let go of the host's ends; what a descendant still writes is lost.  Idempotent."""
@@ -124,14 +131,27 @@ class Process:
             log.warning("process %s/%s lost: %s", self.container_id, self.exec_id, error.message)
             return LOST_STATUS
         await self.stdio.drained(_DRAIN_LIMIT)
+        if not 0 <= status <= 255:
+            log.warning("process %s/%s: status %d", self.container_id, self.exec_id, status)
+            return LOST_STATUS
         return status
+
+    def started(self) -> None:
+        """CREATED → RUNNING, unless the guest was lost in the same moment.
+
+        Raises:
+            RpcError: it was.
+        """
+        if self.state is State.STOPPED:
+            raise RpcError(Code.UNAVAILABLE, f"{self.describe()} was lost with its guest")
+        self.state = State.RUNNING
 
     def set_exited(self, status: int) -> None:
         """The one way into STOPPED; a second call changes nothing."""
         if self.state is State.STOPPED:
             return
         self.state = State.STOPPED
-        self.exit_status = status & 0xFF
+        self.exit_status = status & 0xFF  # a pause container may get a signal above 127
         self.exited_at = time.time_ns()
         self.exited.set()
 

@@ -36,8 +36,11 @@ from shimv2.state import SandboxRecord, share_dir, vm_dir
 from shimv2.stats import Metrics, host_is_unified, to_containerd
 from shimv2.timeline import Timeline
 from ttrpc.errors import Code, RpcError
+from vmm.errors import VmmError
 
 log = logging.getLogger("sandbox")
+
+_OOM_PAUSE = 0.1  # seconds between two OOM events, so that a guest can't flood containerd
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,9 @@ class Sandbox:
         )
         self._life: Life | None = None
         self._launch_error: Exception | None = None
+        self._launching = trio.Lock()
+        self._creating: set[str] = set()  # ids; nobody but Create knows these containers yet
+        self._claimed = False  # somebody relies on the VM, so it is no early one any more
         self._start_kept = False
         self._by_api = False  # made by CreateSandbox, ended by ShutdownSandbox alone
         self._shutdown = trio.Event()
@@ -150,25 +156,51 @@ class Sandbox:
     def _launch(self, origin: Origin) -> None:
         for warning in origin.config.warnings:
             log.warning("%s", warning)
+        self.share.open()  # not by the VM's own task: containers are shared while it boots
         self._launch_error = None
+        self.exited_at = self.exit_status = 0
+        self._ended = trio.Event()
+        self._claimed = False
         self._life = Life(self, origin)
         self.nursery.start_soon(self._life.run)
 
     async def _ensure_launched(self, spec: oci.Spec, options: bytes) -> Life:
         """The VM for this origin: the early one if it fits, else a new one."""
+        async with self._launching:
+            self._refuse_at_end()
+            if self._life is not None and not self._claimed and options != self.settings.options:
+                origin = self._origin(spec, options)
+                if origin != self._life.origin:
+                    log.info("Create brings other options: the early VM is thrown away")
+                    await self._discard_life()
+            elif (
+                self._life is not None
+                and self._life.was_stopped
+                and not self.containers
+                and not self._by_api
+            ):
+                await self._discard_life()  # who wanted its end did not wait for it
+            if self._life is None:
+                self._refuse_at_end()
+                self._launch(self._origin(spec, options or self.settings.options))
+            assert self._life is not None
+            self._claimed = True
+            return self._life
+
+    async def _discard_life(self) -> None:
+        """End the VM, so that the next to come begins with another.  `_launching` is held."""
+        if self._life is not None:
+            await self._life.stop()
+            self._life = None
+
+    async def _end_unused_life(self) -> None:
+        async with self._launching:
+            if not self.containers and not self._creating and not self._by_api:
+                await self._discard_life()
+
+    def _refuse_at_end(self) -> None:
         if self._shutdown.is_set():
             raise RpcError(Code.FAILED_PRECONDITION, f"sandbox {self.id!r} is shutting down")
-        first = not self.containers and not self._by_api
-        if first and self._life is not None and options != self.settings.options:
-            origin = self._origin(spec, options)
-            if origin != self._life.origin:
-                log.info("Create brings other options: the early VM is thrown away")
-                await self._life.stop()
-                self._life = None
-        if self._life is None:
-            self._launch(self._origin(spec, options or self.settings.options))
-        assert self._life is not None
-        return self._life
 
     async def guest(self) -> Guest:
         """The booted guest; waits for it.
@@ -224,12 +256,18 @@ class Sandbox:
 
     async def create_sandbox(self, request: Any) -> None:
         """CreateSandbox: the netns path comes only with this call."""
-        if self._life is not None or self._by_api:
-            raise RpcError(Code.ALREADY_EXISTS, f"sandbox {self.id!r} already exists")
-        bundle = Path(request.bundle_path or self.settings.bundle)
-        origin = self._origin(pod_config.sandbox_spec(bundle, request), self.settings.options)
-        self._by_api = True
-        self._launch(replace(origin, dns=tuple(pod_config.resolver_lines(request))))
+        async with self._launching:
+            self._refuse_at_end()
+            if self._by_api or self._claimed:
+                raise RpcError(Code.ALREADY_EXISTS, f"sandbox {self.id!r} already exists")
+            bundle = Path(request.bundle_path or self.settings.bundle)
+            origin = self._origin(pod_config.sandbox_spec(bundle, request), self.settings.options)
+            origin = replace(origin, dns=tuple(pod_config.resolver_lines(request)))
+            if self._life is None or self._life.origin != origin:
+                await self._discard_life()  # an early one that did not know all of this
+                self._refuse_at_end()
+                self._launch(origin)
+            self._by_api = self._claimed = True
 
     async def start_sandbox(self) -> None:
         """StartSandbox: returns when the guest is up."""
@@ -238,6 +276,8 @@ class Sandbox:
                 Code.FAILED_PRECONDITION,
                 f"sandbox {self.id!r} is not created (failed precondition)",
             )
+        if self._ended.is_set() and not self.exit_status:
+            raise RpcError(Code.FAILED_PRECONDITION, f"sandbox {self.id!r} was stopped")
         await self.guest()
         self.created_at = self.created_at or time.time_ns()
 
@@ -245,7 +285,10 @@ class Sandbox:
         """Verbose information for SandboxStatus."""
         if not self.is_running:
             return {}
-        return await (await self.guest()).facts()
+        try:
+            return await (await self.guest()).facts()
+        except (VmmError, RpcError):  # it has ended meanwhile
+            return {}
 
     async def sandbox_stats(self) -> Metrics:
         """The sum of what the containers use, as the guest counts it."""
@@ -257,7 +300,13 @@ class Sandbox:
         )
 
     async def wait_ended(self) -> None:
-        """Until the VM is gone, by whoever."""
+        """Until the VM is gone, by whoever.
+
+        Raises:
+            RpcError: FailedPrecondition before CreateSandbox.
+        """
+        if not self._by_api:
+            raise RpcError(Code.FAILED_PRECONDITION, f"sandbox {self.id!r} is not created")
         await self._ended.wait()
 
     async def stop(self) -> None:
@@ -272,7 +321,7 @@ class Sandbox:
             now: end it whatever lives in it.
             container_id: on whose behalf; it may itself still be there.
         """
-        others = [name for name in self.containers if name != container_id]
+        others = [name for name in (*self.containers, *self._creating) if name != container_id]
         if not now and (others or (self._by_api and self.is_running)):
             return
         self._shutdown.set()
@@ -296,8 +345,19 @@ class Sandbox:
 
     async def create(self, request: Any) -> None:
         """Create a container; the first one waits for the VM."""
-        if request.id in self.containers:
+        if request.id in self.containers or request.id in self._creating:
             raise RpcError(Code.ALREADY_EXISTS, f"container {request.id!r} already exists")
+        self._creating.add(request.id)
+        try:
+            await self._create(request)
+        except BaseException:
+            self._creating.remove(request.id)
+            with trio.CancelScope(shield=True):
+                await self._end_unused_life()
+            raise
+        self._creating.remove(request.id)
+
+    async def _create(self, request: Any) -> None:
         if (
             self._launch_error is not None
             and self._life is None
@@ -320,16 +380,14 @@ class Sandbox:
         )
         kind = PauseContainer if spec.kind is oci.ContainerKind.SANDBOX else Container
         container = kind(self, spec, request.bundle, process)
-        self.containers[request.id] = container
         try:
             await container.create(life, list(request.rootfs))
+            life.require_running()  # it may have been lost in the same moment
         except BaseException:
-            del self.containers[request.id]
             with trio.CancelScope(shield=True):
-                await container.release()
-                if not self.containers and not self._by_api:
-                    await life.stop()
+                await container.abandon()
             raise
+        self.containers[request.id] = container
         self.created_at = self.created_at or time.time_ns()
         event = task_events_pb2.TaskCreate(
             container_id=request.id,
@@ -356,8 +414,13 @@ class Sandbox:
             return process
         await container.delete()
         self.containers.pop(container_id, None)
-        if not self.containers and not self._by_api:
-            await self.stop()  # so that no process is left when containerd goes on
+        try:
+            await self._end_unused_life()  # so that no process is left when containerd goes on
+        finally:  # it is deleted, whether the caller waited for the VM's end or not
+            self._publish_delete(container_id, process)
+        return process
+
+    def _publish_delete(self, container_id: str, process: Process) -> None:
         self.events.publish(
             task_events_pb2.TaskDelete(
                 container_id=container_id,
@@ -366,7 +429,6 @@ class Sandbox:
                 exited_at=_timestamp(process.exited_at),
             )
         )
-        return process
 
     async def start(self, container_id: str, exec_id: str) -> None:
         """Start init, or an exec that was added."""
@@ -417,6 +479,7 @@ class Sandbox:
                 container_id = await guest.next_oom()
                 if container_id in self.containers:
                     self.events.publish(task_events_pb2.TaskOOM(container_id=container_id))
+                await trio.sleep(_OOM_PAUSE)
 
 
 def _timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:

@@ -44,6 +44,7 @@ class Share:
         self._directory = directory
         self._mounts = directory / "mounts"
         self._points: dict[str, list[Path]] = {}  # container → mount points, oldest first
+        self._is_open = False
 
     @property
     def shared_dir(self) -> Path:
@@ -63,11 +64,13 @@ class Share:
         self.close()
 
     def open(self) -> None:
-        """Make the two mounts, before virtiofsd starts.
+        """Make the two mounts, before virtiofsd starts.  Idempotent: a second VM has the same.
 
         Raises:
             ShareError: they can't be made.
         """
+        if self._is_open:
+            return
         try:
             for directory in (self._mounts, self.shared_dir):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -77,10 +80,12 @@ class Share:
         except OSError as error:
             self.close()
             raise ShareError(f"shared directory {error.filename}: {error.strerror}") from error
+        self._is_open = True
 
     def close(self) -> None:
         """Detach everything and remove the directories.  Idempotent."""
         self._points.clear()
+        self._is_open = False
         for directory in (self.shared_dir, self._mounts):
             with contextlib.suppress(OSError):
                 mounts.umount_detached(directory)

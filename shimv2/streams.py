@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -131,6 +132,8 @@ class ProcessStreams:
         request.stderr_port = self.stderr.port if self.stderr else 0
 
     async def aclose(self) -> None:
+        """Close all; by RPC that can fail, for a process that never was."""
         for stream in (self.stdin, self.stdout, self.stderr):
             if stream is not None:
-                await stream.aclose()
+                with contextlib.suppress(RpcError):
+                    await stream.aclose()
