@@ -172,11 +172,15 @@ def _start(args: Arguments) -> int:
     listener = None
     try:
         listener = _listen(path)
+        recorded, recorded_write = os.pipe()
         pid = os.fork()
         if pid == 0:
-            _serve(args, params, listener, bundle, grpc_address)
+            os.close(recorded_write)
+            _serve(args, params, listener, bundle, grpc_address, recorded)
+        os.close(recorded)
         record.add_process("shim", pid)
         record.save()
+        os.write(recorded_write, b"1")  # from here on the record is the child's
         with open(os.path.join(bundle, "shim.pid"), "w") as file:
             file.write(str(pid))
         _answer(address, params, bundle)
@@ -265,15 +269,15 @@ def _serve(
     listener: socket.socket,
     bundle: str,
     grpc_address: str,
+    recorded: int,
 ) -> NoReturn:
     # In the child: containerd reads stdout and stderr of `start` until they close.
     status = 1
     try:
         os.setsid()
-        null = os.open(os.devnull, os.O_RDWR)
-        for fd in (0, 1, 2):
-            os.dup2(null, fd)
-        os.close(null)
+        if not os.read(recorded, 1):  # nobody wrote down whom `delete` has to end
+            os._exit(1)
+        only_descriptor(listener.fileno())
         from shimv2.daemon import serve
 
         status = serve(
@@ -288,6 +292,15 @@ def _serve(
         )
     finally:
         os._exit(status)  # never back into `start`'s frames
+
+
+def only_descriptor(fd: int) -> None:
+    """Close all that was inherited but `fd`; 0, 1 and 2 become /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(null, number)
+    os.closerange(3, fd)
+    os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
 
 
 if __name__ == "__main__":

@@ -46,14 +46,14 @@ def to_rpc_error(error: Exception) -> RpcError | None:
 
 @contextlib.contextmanager
 def as_rpc_error() -> Iterator[None]:
-    """Turn what the body raises into an `RpcError`; a single error out of a group too."""
+    """Turn what the body raises into an `RpcError`; of a group, the first."""
     try:
         yield
     except RpcError:
         raise
     except Exception as error:
         cause: BaseException = error
-        while isinstance(cause, BaseExceptionGroup) and len(cause.exceptions) == 1:
+        while isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
         found = to_rpc_error(cause) if isinstance(cause, Exception) else None
         if found is None:

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
 
 import pytest
 
@@ -73,3 +75,44 @@ def test_a_group_that_is_no_identifier_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(cli.UsageError, match="etc"):
         cli.group_of(str(tmp_path), "c1")
+
+
+def test_the_daemon_has_nothing_of_its_parent_but_the_listener():
+    inherited, kept = os.pipe()  # as of whoever ran `start`
+    os.set_inheritable(inherited, True)
+    with socket.socket(socket.AF_UNIX) as listener:
+        pid = os.fork()
+        if pid == 0:
+            cli.only_descriptor(listener.fileno())
+            # What is open now, but for the descriptor that lists it.
+            found = [fd for fd in range(1024) if _is_open(fd)]
+            names = {os.readlink(f"/proc/self/fd/{fd}") for fd in (0, 1, 2)}
+            os._exit(0 if found == [0, 1, 2, listener.fileno()] and names == {"/dev/null"} else 1)
+        _, status = os.waitpid(pid, 0)
+    for fd in (inherited, kept):
+        os.close(fd)
+    assert status == 0
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_child_whose_parent_recorded_nothing_does_not_serve(tmp_path, monkeypatch):
+    """Else nobody could end it: `delete` knows what the record names."""
+    recorded, recorded_write = os.pipe()
+    os.close(recorded_write)
+    with socket.socket(socket.AF_UNIX) as listener:
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr("shimv2.daemon.serve", lambda **_: 77)
+            args = cli.Arguments(["-namespace", "ns", "-id", "c", "start"])
+            params = cli.bootstrap.parse_params(b"", "c", "ns")
+            cli._serve(args, params, listener, str(tmp_path), "", recorded)
+        _, status = os.waitpid(pid, 0)
+    os.close(recorded)
+    assert os.waitstatus_to_exitcode(status) == 1
