@@ -10,6 +10,7 @@ from .history import BootRecord
 from .phases import ASIDE, phases, total
 
 _LEAST_BAR = 10
+_LEAST_HEADING = 60  # columns: the id's first few characters are among them
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
@@ -23,10 +24,13 @@ def render(records: list[BootRecord], width: int, *, unicode: bool = True) -> st
 
 
 def heading(record: BootRecord) -> str:
-    """One line: which start this is, how the VM came to be, how long it took."""
+    """One line: how the VM came to be, how long it took, when, and which start this is.
+
+    The id is last: of a long one, a narrow terminal shows what the command takes for it.
+    """
     by = f" by {record.accelerator.upper()}" if record.accelerator else ""
     at = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started / 1e9))
-    return f"{record.id}  {record.kind} start{by}, {total(record):.3f} s  ({at})"
+    return f"{record.kind} start{by}, {total(record):.3f} s  {at}  {record.id}"
 
 
 def _block(
@@ -34,7 +38,7 @@ def _block(
 ) -> Iterator[str]:
     found = phases(record)
     bar = max(_LEAST_BAR, width - label - len("  0.000 s  100 %  "))
-    yield heading(record)[: max(width, 20)]
+    yield heading(record)[: max(width, _LEAST_HEADING)]
     whole = total(record)
     for phase in found:
         share = phase.seconds / whole if whole else 0.0

@@ -147,6 +147,13 @@ def test_bars_fit_the_terminal(width: int, unicode: bool) -> None:
     assert "0.950 s  37%" in longest
 
 
+def test_a_long_id_hides_no_figure_and_still_finds_the_start() -> None:
+    heading = render([record("0123456789" * 6 + "abcd", accelerator="tcg")], 70).splitlines()[0]
+    assert heading.startswith("cold start by TCG, 2.600 s  ")
+    assert len(heading) == 70
+    assert heading.rpartition(" ")[2].startswith("0123456789")
+
+
 def test_the_svg_is_whole_and_takes_nothing_from_outside() -> None:
     text = draw([record(), record(kind="cache", marks={"imported": 0.1})])
     root = ET.fromstring(text)
