@@ -103,7 +103,7 @@ def _block(record: BootRecord, top: int, longest: float) -> Iterator[str]:
 
 
 def _legend(found: list[Phase], top: int) -> Iterator[str]:
-    x: float = _LEFT + 20
+    x: float = _LEFT + 70
     for side, name in _SIDES.items():
         seconds = sum(phase.seconds for phase in found if phase.side == side)
         if not seconds:
