@@ -17,7 +17,7 @@ import trio
 from google.protobuf.message import Message
 
 from shimv2.api import events_service_pb2, task_events_pb2
-from ttrpc.errors import RpcError
+from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
     from ttrpc.client import Client
@@ -42,6 +42,7 @@ TOPICS: dict[type[Message], str] = {
     task_events_pb2.TaskPaused: "/tasks/paused",
     task_events_pb2.TaskResumed: "/tasks/resumed",
 }
+_REFUSED = (Code.INVALID_ARGUMENT, Code.PERMISSION_DENIED, Code.OUT_OF_RANGE)
 _KEPT = (task_events_pb2.TaskExit, task_events_pb2.TaskDelete)
 
 
@@ -124,8 +125,11 @@ class EventPublisher:
         try:
             await client.stub(_SERVICE).Forward(request, timeout=_SEND_LIMIT)
         except RpcError as error:
-            log.debug("event %s not taken: %s", request.envelope.topic, error)
-            return False
+            if error.code not in _REFUSED:
+                log.debug("event %s not taken: %s", request.envelope.topic, error)
+                return False
+            # An answer, and it would be the same next time: the events behind it must not wait.
+            log.error("event %s refused by containerd: %s", request.envelope.topic, error)
         if self._queue and self._queue[0][0] is request:
             self._queue.popleft()
         return True

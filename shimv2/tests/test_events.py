@@ -23,12 +23,15 @@ class Containerd:
         self.path = path
         self.got: list[tuple[str, str]] = []
         self.refuse = False
+        self.invalid: set[str] = set()  # topics
         self._scope = trio.CancelScope()
 
     async def Forward(self, request, context):
         if self.refuse:
             raise RpcError(Code.UNAVAILABLE, "not now")
         envelope = request.envelope
+        if envelope.topic in self.invalid:
+            raise RpcError(Code.INVALID_ARGUMENT, "not an event")
         self.got.append((envelope.topic, envelope.event.type_url))
         assert envelope.namespace == "ns"
         assert envelope.timestamp.seconds > 1_600_000_000
@@ -123,3 +126,15 @@ async def test_the_queue_is_bounded_and_keeps_exits(path):
     assert len(publisher._queue) <= 2048
     kept = [request for request, keep in publisher._queue if keep]
     assert len(kept) == 2
+
+
+async def test_an_event_that_is_refused_for_good_does_not_hold_back_the_others(path, nursery):
+    containerd = Containerd(path)
+    containerd.invalid.add("/tasks/exit")
+    await nursery.start(containerd.serve)
+    publisher = EventPublisher(f"unix://{path}", "ns")
+    nursery.start_soon(publisher.run)
+    publisher.publish(exit_event("c"))
+    publisher.publish(task_events_pb2.TaskDelete(container_id="c"))
+    assert await publisher.flush(5)
+    assert [topic for topic, _ in containerd.got] == ["/tasks/delete"]
