@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import fcntl
+import hashlib
 import itertools
 import logging
 import os
@@ -25,7 +27,7 @@ from typing import Any
 
 import trio
 
-from shimv2.cgroups import SandboxCgroups
+from shimv2.cgroups import CgroupError, SandboxCgroups
 from shimv2.cli import UsageError, check_id
 from shimv2.config import Config, ConfigError, load_config
 from shimv2.factory import maker
@@ -48,6 +50,8 @@ PREFIX = "cache-"  # of the ids under which pooled VMs run
 _RETRY_AFTER = 10.0  # seconds after a VM could not be made
 _CALM = 1.0  # seconds without a request before the pool is filled again
 _REQUEST_LIMIT = 5.0  # seconds for a peer to say what it wants
+_ACCEPT_PAUSE = 0.1  # seconds, where there is no descriptor for another peer
+_FAILURES = (VmmError, RpcError, CgroupError, OSError)  # of one VM, not of the cache
 _CGROUP = "/kata_cache"
 
 
@@ -79,7 +83,8 @@ class Cache:
         self._config = config
         self._ready: list[Pooled] = []
         self._changed = trio.Event()
-        self._names = (f"{PREFIX}{os.getpid()}-{n}" for n in itertools.count(1))
+        prefix = prefix_of(config)
+        self._names = (f"{prefix}{os.getpid()}-{n}" for n in itertools.count(1))
         self._nursery: trio.Nursery
         self._taken_at = 0.0
         self.key = ""
@@ -91,7 +96,7 @@ class Cache:
             while True:
                 try:
                     await self._fill()
-                except (VmmError, RpcError, OSError) as error:
+                except _FAILURES as error:
                     log.warning("no VM could be made: %s", error)
                     await trio.sleep(_RETRY_AFTER)
                     continue
@@ -148,12 +153,22 @@ class Cache:
             self.key = key
             await self._make_template()
         while len(self._ready) < self._config.factory.vm_cache_number:
-            await self._nursery.start(self._keep_one, next(self._names))
+            await self._nursery.start(self._keep, next(self._names))
 
     async def _make_template(self) -> None:
         with contextlib.suppress(TemplateBusyError):
             if not await maker.exists(self._config):
                 await maker.make(self._config, log.info)
+
+    async def _keep(self, name: str, *, task_status: trio.TaskStatus[None]) -> None:
+        """As `_keep_one`; the end of a VM that was ready is not the end of the others."""
+        ready = _Ready(task_status)
+        try:
+            await self._keep_one(name, task_status=ready)
+        except _FAILURES as error:
+            if not ready.told:
+                raise
+            log.warning("VM %s: %s", name, error)
 
     async def _keep_one(self, name: str, *, task_status: trio.TaskStatus[None]) -> None:
         """The life of a pooled VM: clone, settle, wait, and be gone or somebody else's."""
@@ -201,6 +216,18 @@ class Cache:
                 pooled.handover = pooled.guest.release()
 
 
+class _Ready(trio.TaskStatus[None]):
+    """Attributes: told: whoever waited for the start has been told of it."""
+
+    def __init__(self, status: trio.TaskStatus[None]) -> None:
+        self._status = status
+        self.told = False
+
+    def started(self, value: None = None) -> None:
+        self.told = True
+        self._status.started()
+
+
 async def _reap(pid: int) -> None:
     """Wait for a keeper, whose VM is somebody else's, so that it is no zombie."""
     with contextlib.suppress(OSError):
@@ -216,7 +243,14 @@ async def serve(cache: Cache, listener: trio.socket.SocketType) -> None:
     """Answer requests until cancelled."""
     async with trio.open_nursery() as nursery:
         while True:
-            peer, _ = await listener.accept()
+            try:
+                peer, _ = await listener.accept()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+                    raise
+                log.warning("a request can't be taken: %s", error.strerror)
+                await trio.sleep(_ACCEPT_PAUSE)
+                continue
             nursery.start_soon(_answer, cache, peer)
 
 
@@ -239,7 +273,7 @@ async def _answer(cache: Cache, peer: trio.socket.SocketType) -> None:
                 peer, {"facts": dict(handover.facts), "pids": handover.pids}, handover.descriptors
             )
             log.info("a VM was given to sandbox %s", sandbox_id)
-        except (HandoverError, UsageError, OSError) as error:
+        except (VmmError, UsageError, OSError) as error:
             with contextlib.suppress(HandoverError):
                 await send(peer, {"error": str(error)})
         except trio.TooSlowError:
@@ -248,6 +282,12 @@ async def _answer(cache: Cache, peer: trio.socket.SocketType) -> None:
             # Ours go in any case: with the last copy of the owner's pipe its VM would go too.
             for fd in descriptors:
                 os.close(fd)
+
+
+def prefix_of(config: Config) -> str:
+    """Of the ids of one cache's VMs: another one, at another place, has other ids."""
+    endpoint = os.path.abspath(config.factory.vm_cache_endpoint)
+    return f"{PREFIX}{hashlib.sha256(os.fsencode(endpoint)).hexdigest()[:8]}-"
 
 
 @contextlib.contextmanager
@@ -301,9 +341,10 @@ async def run(config: Config) -> None:
         VmmError: it can't be served.
     """
     async with _listener(Path(config.factory.vm_cache_endpoint)) as listener:
-        for directory in VMS.glob(f"{PREFIX}*"):  # of a cache that was killed
+        prefix = prefix_of(config)
+        for directory in VMS.glob(f"{prefix}*"):  # of a cache that was killed
             remove_tree(directory)
-        maker.remove_cgroups(_CGROUP, PREFIX)
+        maker.remove_cgroups(_CGROUP, prefix)
         cache = Cache(config)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cache.run)

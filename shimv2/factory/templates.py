@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
@@ -128,7 +129,8 @@ class Templates:
         if self._from_cache:
             self._from_cache = self._use_cache = False
             return CloneError(f"the VM from the cache could not be used: {error}")
-        self._store.discard(self._key)
+        with contextlib.suppress(OSError):
+            self._store.discard(self._key)
         return CloneError(f"template {self._key[:12]} could not be used and is removed: {error}")
 
     async def make_beside(self, host_mounts: int) -> None:
@@ -136,11 +138,11 @@ class Templates:
         factory = self._config.factory
         if not (factory.enable_template and factory.template_autocreate):
             return
-        if not self._store.is_wanted(self._key):
-            return
         try:
+            if not self._store.is_wanted(self._key):
+                return
             await start_maker(self._config, host_mounts)
-        except OSError as error:
+        except Exception as error:  # the sandbox that runs beside needs none
             log.warning("no template is made: %s", error)
         else:
             log.info("template %s is being made for the next sandboxes", self._key[:12])
@@ -169,4 +171,7 @@ async def start_maker(config: Config, host_mounts: int) -> None:
         )
     finally:
         os.close(fd)
-    await process.wait()  # its first process ends at once, and leaves the daemon
+    try:
+        await process.wait()  # its first process ends at once, and leaves the daemon
+    finally:
+        process.close()

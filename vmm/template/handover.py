@@ -81,7 +81,7 @@ async def receive(sock: trio.socket.SocketType) -> tuple[dict[str, Any], tuple[i
 def _message(data: bytes) -> dict[str, Any]:
     try:
         message = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise HandoverError(f"the peer sent no JSON: {error}") from error
     if not isinstance(message, dict) or message.get("protocol") != PROTOCOL:
         raise HandoverError(f"the peer does not speak version {PROTOCOL} of the protocol")

@@ -56,6 +56,7 @@ async def test_no_cache_is_said_so(tmp_path: Path) -> None:
     [
         (b"", "closed"),
         (b"{", "no JSON"),
+        (b"[" * 50_000, "no JSON"),
         (b"[]", "version 1"),
         (b'{"protocol": 2}', "version 1"),
         (b'{"protocol": 1, "error": "none is ready"}', "none is ready"),
