@@ -317,11 +317,15 @@ async def _listener(path: Path) -> AsyncIterator[trio.socket.SocketType]:
         VmmError: there is another one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_suffix(".lock").open("w") as lock:
+    name = path.with_suffix(".lock")
+    with name.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise VmmError(f"another VM cache serves {path} already") from None
+        if not (name.exists() and os.path.samestat(os.fstat(lock.fileno()), name.stat())):
+            # The one before took its lock away between our open and our lock.
+            raise VmmError(f"another VM cache was just ending at {path}; start this one again")
         path.unlink(missing_ok=True)
         with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             await listener.bind(str(path))

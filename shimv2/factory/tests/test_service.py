@@ -16,10 +16,10 @@ import trio.testing
 
 from shimv2.cgroups import CgroupError
 from shimv2.config import Config, load_config
-from shimv2.factory import templates
+from shimv2.factory import service, templates
 from shimv2.factory.service import Cache, Pooled, prefix_of, serve
 from shimv2.factory.templates import Templates
-from vmm.errors import VmmGoneError
+from vmm.errors import VmmError, VmmGoneError
 from vmm.template.handover import HandoverError, status
 
 
@@ -130,3 +130,15 @@ async def test_starting_a_maker_keeps_no_descriptor(config: Config, monkeypatch:
     finally:
         os.close(fd)
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+async def test_a_lock_that_was_taken_away_is_no_lock(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "cache.sock"
+
+    def flock(_lock: Any, _how: int) -> None:
+        path.with_suffix(".lock").unlink()
+
+    monkeypatch.setattr(service.fcntl, "flock", flock)
+    with pytest.raises(VmmError, match="just ending"):
+        async with service._listener(path):
+            pass
