@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from shimv2.api import task_types_pb2
+from shimv2.share import ShareError
 from shimv2.streams import ProcessStreams, RpcWriter
 from shimv2.tests.fakes import FakeLife, Shim, shim_of
 from ttrpc.errors import Code, RpcError
@@ -442,3 +443,29 @@ async def test_another_signal_is_not_the_end_of_the_guest(
     shim.guest.on["SignalProcess"] = Gate()
     assert await shim.code("Kill", id="web", signal=15) == Code.DEADLINE_EXCEEDED
     assert not shim.guest.lost.is_set()
+
+
+async def test_create_with_other_options_has_another_vm(shim: Shim) -> None:
+    shim.bundle(".")
+    shim.sandbox.start_early()
+    await shim.create(options={"type_url": "other", "value": b"x"})
+    assert len(FakeLife.lives) == 2
+    assert not FakeLife.lives[0].is_running
+    assert FakeLife.lives[1].is_running
+    assert shim.events.names() == ["TaskCreate web"]
+
+
+async def test_an_early_start_that_failed_is_told_once(shim: Shim, monkeypatch: Any) -> None:
+    shim.bundle(".")
+
+    def refuse_to_open() -> None:
+        raise ShareError("no tmpfs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shim.sandbox.share, "open", refuse_to_open)
+        shim.sandbox.start_early()
+    with pytest.raises(RpcError, match="no tmpfs"):
+        await shim.create()
+    assert FakeLife.lives == []
+    await shim.create()
+    assert shim.events.names() == ["TaskCreate web"]
