@@ -7,14 +7,16 @@ returns.  All slow imports happen in the child, while containerd connects.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
-from typing import NoReturn
 
 from shimv2 import bootstrap
 from shimv2.version import RUNTIME_NAME, SHIM_BINARY, VERSION
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing takes as long to import as json and re together
+    from typing import NoReturn
 
 USAGE = f"""\
 {SHIM_BINARY}: the shim that containerd starts for the runtime {RUNTIME_NAME}
@@ -250,8 +252,10 @@ def _somebody_listens(path: str) -> bool:
 def _listen(path: str) -> socket.socket:
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o711, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
+    try:  # noqa: SIM105  # contextlib is not worth its import
         os.unlink(path)  # nobody listens there: left by a shim that was killed
+    except FileNotFoundError:
+        pass
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(path)

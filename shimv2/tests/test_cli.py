@@ -5,6 +5,9 @@ import json
 import os
 import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -116,3 +119,16 @@ def test_a_child_whose_parent_recorded_nothing_does_not_serve(tmp_path, monkeypa
         _, status = os.waitpid(pid, 0)
     os.close(recorded)
     assert os.waitstatus_to_exitcode(status) == 1
+
+
+def test_start_imports_nothing_slow():
+    code = "import sys, shimv2.cli, shimv2.state; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(cli.__file__).parents[1],
+    )
+    slow = {"trio", "google.protobuf", "typing", "dataclasses", "logging", "subprocess", "hashlib"}
+    assert not slow & set(done.stdout.split())
