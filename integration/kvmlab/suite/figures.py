@@ -89,8 +89,8 @@ def main() -> int:
     system = SystemContainerd(Path("/run/containerd/containerd.sock"))
     result = {"runc": of_runc(system, rounds)}
     for name, change in KINDS.items():
-        # Runc beside each, since the machine's speed changes while others use it.
         result[name] = of_kata(system, name, change, rounds)
+        # Runc beside each, since the machine's speed changes while others use it.
         result[f"runc beside {name}"] = of_runc(system, rounds)
         print(f"{name}: run {result[name]['run']:.2f} s", file=sys.stderr, flush=True)
     print(json.dumps(result, indent=1))

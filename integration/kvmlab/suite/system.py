@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import tempfile
 from pathlib import Path
@@ -51,10 +52,9 @@ def modules() -> dict[str, int]:
 
 
 def kata_configuration(change: str) -> Path:
-    """The installed configuration with a drop-in after it."""
+    """The lab's configuration with a drop-in after it."""
     directory = Path(tempfile.mkdtemp(prefix="pykata-", dir="/run"))
     copy = directory / "configuration.toml"
-    copy.write_text(CONFIGURATION.read_text())
-    (directory / "config.d").mkdir()
+    shutil.copytree(CONFIGURATION.parent, directory, dirs_exist_ok=True)
     (directory / "config.d/change.toml").write_text(change)
     return copy
