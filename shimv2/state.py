@@ -24,6 +24,7 @@ SANDBOXES = Path("/run/vc/sbs")
 VMS = Path("/run/vc/vm")
 SHARES = Path("/run/kata-containers/shared/sandboxes")
 
+_CGROUP_LIMIT = 0.5  # seconds
 _KILL_LIMIT = 4.0  # containerd gives `delete` 5 s in all
 
 
@@ -185,9 +186,7 @@ def remove_sandbox(sandbox_id: str) -> list[str]:
     if record is not None:
         left += [f"process {name}" for name in kill_processes(record.processes)]
         if record.cgroups:
-            from shimv2 import cgroups
-
-            left += [text for path in record.cgroups if (text := cgroups.remove(Path(path)))]
+            left += _remove_cgroups(record.cgroups)
         if record.traces:
             left += _remove_traces(record)
         if record.socket:
@@ -195,6 +194,18 @@ def remove_sandbox(sandbox_id: str) -> list[str]:
     for directory in (vm_dir(sandbox_id), share_dir(sandbox_id), sandbox_dir(sandbox_id)):
         left += remove_tree(directory)
     return left
+
+
+def _remove_cgroups(paths: list[str]) -> list[str]:
+    """A process that was killed can keep its cgroup busy for a moment after its end."""
+    from shimv2 import cgroups
+
+    deadline = time.monotonic() + _CGROUP_LIMIT
+    while True:
+        left = [text for path in paths if (text := cgroups.remove(Path(path)))]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.02)
 
 
 def _remove_traces(record: SandboxRecord) -> list[str]:
