@@ -101,6 +101,8 @@ class Container:
                 seccomp=not life.origin.config.runtime.disable_guest_seccomp,
             )
             _complete(converted.message, life.origin)
+            if life.sizing is not None:
+                await life.sizing.add(self.id, converted.message.Linux.Resources)
             if converted.lost:
                 log.warning("not carried to the guest: %s", ", ".join(converted.lost))
             limit = life.origin.config.runtime.create_container_timeout or _CREATE_LIMIT
@@ -179,6 +181,8 @@ class Container:
         if process.state is State.STOPPED:
             return
         process.set_exited(status)
+        if process is self.init and self._life is not None and self._life.sizing is not None:
+            self._life.sizing.forget(self.id)
         event = task_events_pb2.TaskExit(
             container_id=self.id,
             id=process.exec_id or self.id,
@@ -336,6 +340,9 @@ class Container:
             await guest.call(
                 "RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=self.id)
             )
+            if self._life.sizing is not None:
+                self._life.sizing.forget(self.id)
+                await self._life.sizing.shrink()
         self._in_guest = False
 
     async def release(self) -> None:
@@ -469,11 +476,12 @@ class Container:
             raise SpecError(f"resources: type {resources.type_url!r} is not LinuxResources")
         self.init.require("update", State.CREATED, State.RUNNING)
         guest = await self._guest()
+        wanted = resources_from_json(resources.value).message
+        if self._life is not None and self._life.sizing is not None:
+            await self._life.sizing.update(self.id, wanted)
         await guest.call(
             "UpdateContainer",
-            agent_pb2.UpdateContainerRequest(
-                container_id=self.id, resources=resources_from_json(resources.value).message
-            ),
+            agent_pb2.UpdateContainerRequest(container_id=self.id, resources=wanted),
         )
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:

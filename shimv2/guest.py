@@ -29,7 +29,7 @@ from shimv2.timeline import Timeline
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
-from vmm.hypervisor import Device, DeviceAddress, Handover, Placement
+from vmm.hypervisor import Device, DeviceAddress, Handover, Hypervisor, Placement
 from vmm.vsock import VsockChannel, VsockConnection, VsockNoAnswer, VsockRefused
 
 if TYPE_CHECKING:
@@ -355,6 +355,11 @@ class Guest:
                     ),
                 )
         return total
+
+    @property
+    def vm(self) -> Hypervisor:
+        """Raises VmmGoneError before any start."""
+        return self._machine.vm
 
     async def add_device(self, device: Device) -> DeviceAddress:
         """Plug a device, as soon as the VM is launched; its guest may still be booting.

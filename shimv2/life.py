@@ -18,6 +18,7 @@ from shimv2.network.pod_network import PodNetwork
 from shimv2.network.port_forward import forward_ports
 from shimv2.network.traces import Trace
 from shimv2.placement import SandboxPlacement
+from shimv2.sizing import Sizing
 from shimv2.vm_settings import network_settings
 from ttrpc.errors import Code, RpcError
 
@@ -54,12 +55,14 @@ class Life:
 
     Attributes:
         netns: path of the pod's network namespace on the host, once `run` has begun.
+        sizing: None until the guest is up.
     """
 
     def __init__(self, sandbox: Sandbox, origin: Origin) -> None:
         self.origin = origin
         self.netns = ""
         self._sandbox = sandbox
+        self.sizing: Sizing | None = None
         self._guest: Guest | None = None
         self._network: PodNetwork | None = None
         self._failure: Exception | None = None
@@ -170,6 +173,7 @@ class Life:
             await network.configure(guest)
             sandbox.timeline.mark("network")
             self._guest, self._network = guest, network
+            self.sizing = Sizing(origin.config, guest, placement.add_vcpu_threads)
             log.info("guest is up: %s", sandbox.timeline)
             self._decided.set()
             placement.add_vcpu_threads(await guest.vcpu_threads())

@@ -109,6 +109,7 @@ class FakeLife:
         self.sandbox = sandbox
         self.origin = origin
         self.netns = ""
+        self.sizing = None  # it keeps its size
         self.booted = FakeGuest()
         self._failure = self.failures.pop(0) if self.failures else None
         self._stop = trio.Event()
