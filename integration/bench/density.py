@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,13 +20,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
 
 from integration.bench.containers import RUNTIMES, Workbench, state
+from integration.bench.starts import vm_cache, wait_full
 from integration.lib.containerd import DEBIAN, Containerd
 from integration.lib.images import BUSYBOX_REFERENCE, busybox_image
 
@@ -58,27 +61,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Start sandboxes one by one and look at each step; then several at once."""
     parser = argparse.ArgumentParser(prog="python -m integration.bench.density")
     parser.add_argument("--sandboxes", type=int, default=20, help="how many (default: 20)")
-    parser.add_argument("--kind", choices=("cold", "template"), default="template")
+    parser.add_argument("--kind", choices=("cold", "template", "cache"), default="template")
     parser.add_argument("--parallel", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--prefix", type=Path, default=TREE / "build/prefix")
     parser.add_argument("--output", type=Path, default=TREE / "build/bench")
     args = parser.parse_args(arguments)
     directory = Path(tempfile.mkdtemp(prefix="density-", dir="/run"))
-    configuration = _configuration(args.prefix, directory, args.kind)
+    waiting = max(args.parallel, default=1) if args.kind == "cache" else 0
+    configuration = _configuration(args.prefix, directory, args.kind, waiting)
+
+    def ready() -> None:
+        if waiting:
+            wait_full(args.prefix, configuration, waiting)
+
     kata_runtime = [args.prefix / "bin/kata-runtime", "--config", configuration, "factory"]
     try:
-        if args.kind == "template":
-            subprocess.run([*kata_runtime, "init"], check=True, stdout=subprocess.DEVNULL)
-        with Containerd(
-            DEBIAN,
-            shim_path=[args.prefix / "bin"],
-            environment={"KATA_CONF_FILE": str(configuration)},
-        ) as containerd:
+        with ExitStack() as stack:
+            if args.kind != "cold":
+                subprocess.run([*kata_runtime, "init"], check=True, stdout=subprocess.DEVNULL)
+            if waiting:
+                stack.enter_context(vm_cache(args.prefix, configuration))
+            containerd = stack.enter_context(
+                Containerd(
+                    DEBIAN,
+                    shim_path=[args.prefix / "bin"],
+                    environment={"KATA_CONF_FILE": str(configuration)},
+                )
+            )
             containerd.import_image(busybox_image())
             bench = Workbench(containerd)
+            ready()
             bench.run("kata", "true")
-            costs, stops = growth(bench, args.sandboxes)
-            together = {count: parallel(bench, count) for count in args.parallel}
+            costs, stops = growth(bench, args.sandboxes, ready)
+            together = {}
+            for count in args.parallel:
+                ready()
+                together[count] = parallel(bench, count)
+            check_kind(containerd.log, args.kind)
     finally:
         subprocess.run([*kata_runtime, "destroy"], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(directory)
@@ -92,22 +111,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _configuration(prefix: Path, directory: Path, kind: str) -> Path:
+def check_kind(log: Path, kind: str) -> None:
+    """Hold the starts in a shim's log to what was to be measured.
+
+    Raises:
+        RuntimeError: some VM came about in another way.
+    """
+    others = [
+        found
+        for found in re.findall(r" started: .* kind=([a-z]+)", log.read_text())
+        if found != kind
+    ]
+    if others:
+        raise RuntimeError(f"{len(others)} sandboxes were no {kind} starts but {set(others)}")
+
+
+def _configuration(prefix: Path, directory: Path, kind: str, waiting: int) -> Path:
     configuration = directory / "configuration.toml"
     installed = prefix / "share/defaults/kata-containers/configuration.toml"
     configuration.write_text(installed.read_text())
     (directory / "config.d").mkdir()
     (directory / "config.d/density.toml").write_text(
-        f"[factory]\nenable_template = {'true' if kind == 'template' else 'false'}\n"
+        f"[factory]\nenable_template = {'false' if kind == 'cold' else 'true'}\n"
         f'template_path = "{directory}/t"\n'
+        f'vm_cache_number = {waiting}\nvm_cache_endpoint = "{directory}/cache.sock"\n'
     )
     return configuration
 
 
-def growth(bench: Workbench, count: int) -> tuple[list[Cost], list[float]]:
-    """Costs after each of `count` starts; then the seconds that each took to stop."""
+def growth(
+    bench: Workbench, count: int, ready: Callable[[], None]
+) -> tuple[list[Cost], list[float]]:
+    """Costs after each of `count` starts; then the seconds that each took to stop.
+
+    Args:
+        ready: returns when the next may start; the VMs that wait then are no part of the fall
+            of MemAvailable.
+    """
     ids: list[str] = []
     costs: list[Cost] = []
+    ready()
     before = psutil.virtual_memory().available
     try:
         for number in range(1, count + 1):
@@ -117,6 +160,7 @@ def growth(bench: Workbench, count: int) -> tuple[list[Cost], list[float]]:
                 *(container_id, "sleep", "100000"),
             )
             ids.append(container_id)
+            ready()
             costs.append(measure(ids, before))
             print(
                 f"  {number}: {costs[-1].total / number:.1f} MB each", file=sys.stderr, flush=True

@@ -45,23 +45,8 @@ def measure(edition: Edition, prefix: Path, directory: Path, runs: int) -> list[
             bench = Workbench(containerd)
             figures += _runs(bench, "template", runs, lambda: None)
             _configure(directory, cache=1)
-            with _cache(prefix, configuration):
-
-                def full() -> bool:
-                    done = subprocess.run(
-                        [*map(str, kata_runtime), "factory", "status"],
-                        check=True,
-                        capture_output=True,
-                        text=True,
-                    )
-                    return "\ncached VM " in done.stdout
-
-                figures += _runs(
-                    bench,
-                    "cache",
-                    runs,
-                    lambda: wait_until(full, _READY_WITHIN, "the cache is full"),
-                )
+            with vm_cache(prefix, configuration):
+                figures += _runs(bench, "cache", runs, lambda: wait_full(prefix, configuration, 1))
     finally:
         subprocess.run(
             [*map(str, kata_runtime), "factory", "destroy"], check=True, capture_output=True
@@ -98,7 +83,8 @@ def _runs(bench: Workbench, kind: str, runs: int, before: Callable[[], object]) 
 
 
 @contextmanager
-def _cache(prefix: Path, configuration: Path) -> Iterator[None]:
+def vm_cache(prefix: Path, configuration: Path) -> Iterator[None]:
+    """A cache service of this configuration."""
     command: list[str | Path] = [prefix / "bin/kata-vm-cache", "--config", configuration]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:
@@ -106,3 +92,18 @@ def _cache(prefix: Path, configuration: Path) -> Iterator[None]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+def wait_full(prefix: Path, configuration: Path, number: int) -> None:
+    """Until so many VMs wait in the cache."""
+
+    def full() -> bool:
+        done = subprocess.run(
+            [prefix / "bin/kata-runtime", "--config", configuration, "factory", "status"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return done.stdout.count("\ncached VM ") == number
+
+    wait_until(full, _READY_WITHIN, "the cache is full")
