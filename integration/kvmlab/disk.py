@@ -21,6 +21,7 @@ from guestbuild.progress import Progress
 HERE = Path(__file__).resolve().parent
 DESCRIPTION = HERE / "lab.yaml"
 LIBRARY = "usr/local/lib/pykata-lab"
+_UNIT = "files/pykata-lab.service"
 _PROGRAMS = ("__init__.py", "inside.py", "wire.py")
 
 
@@ -78,8 +79,7 @@ def build(release: Release, cache: Path, progress: Progress) -> Disk:
         BuildError: a package or a program is missing, or the mirror can't be reached.
     """
     archive = sources.archive(release)
-    files = [(path.name, path) for path in (HERE / "files").iterdir()]
-    files += [(name, HERE / name) for name in (*_PROGRAMS, "disk.py")]
+    files = [(name, HERE / name) for name in (_UNIT, *_PROGRAMS, "disk.py")]
     key = digest.of_value(
         [
             dataclasses.asdict(release),
@@ -165,7 +165,8 @@ def _configure(release: Release, root: Path) -> None:
     for name in _PROGRAMS:
         shutil.copyfile(HERE / name, library / name)
     units = root / "etc/systemd/system"
-    shutil.copyfile(HERE / "files/pykata-lab.service", units / "pykata-lab.service")
+    unit = Path(_UNIT).name
+    shutil.copyfile(HERE / _UNIT, units / unit)
     systemctl: list[str | Path] = ["/usr/sbin/chroot", root, "systemctl", "--quiet"]
-    run([*systemctl, "enable", "pykata-lab.service", "containerd.service"])
+    run([*systemctl, "enable", unit, "containerd.service"])
     run([*systemctl, "mask", *release.mask])
