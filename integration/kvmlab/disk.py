@@ -122,7 +122,9 @@ def _bootstrap(release: Release, archive: sources.Archive, cache: Path, root: Pa
     options = [
         "--variant=minbase",
         "--mode=root",
-        f"--include={','.join(release.packages)}",
+        # Else now and then usrmerge is chosen for it, which can't be installed before dpkg is.
+        "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr",
+        f"--include={','.join(('usr-is-merged', *release.packages))}",
         '--aptopt=APT::Install-Recommends "false"',
         "--dpkgopt=force-unsafe-io",
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in release.exclude),
