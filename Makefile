@@ -109,8 +109,10 @@ critest: go venv guest stage ## cri-tools' critest, with both sandboxers of cont
 	$(BIN)/python -m integration.critest --sandboxer podsandbox
 	$(BIN)/python -m integration.critest --sandboxer shim
 
-bench: go venv guest stage ## the table of figures, beside runc's
+bench: go venv guest stage ## the tables of figures, beside runc's (long; wants a quiet host)
 	$(BIN)/python -m integration.bench $(BENCH)
+	for kind in cold template cache; do $(BIN)/python -m integration.bench.density --kind $$kind || exit 1; done
+	$(BIN)/python -m integration.bench.loss --cache never always
 
 proto: ## Python from the .proto files
 	protoc -I. --python_out=. --pyi_out=. agent/api/*.proto shimv2/api/*.proto

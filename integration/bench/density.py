@@ -9,6 +9,7 @@ count.  Beside it the fall of the host's MemAvailable, which nobody can beautify
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -240,12 +241,11 @@ def report(kind: str, costs: list[Cost], stops: list[float], together: dict[int,
             f" {c.total:8.1f} {c.total / c.sandboxes:8.1f} {c.available:13.1f}"
         )
     if len(costs) > 1:
-        first, last = costs[0], costs[-1]
-        more = last.sandboxes - first.sandboxes
-        lines.append(
-            f"one more: {(last.total - first.total) / more:.1f} MB"
-            f" (MemAvailable: {(last.available - first.available) / more:.1f})"
-        )
+        pairs = list(itertools.pairwise(costs))
+        # The middle one of all steps, which others on the host that begin or end don't move.
+        total = statistics.median(after.total - c.total for c, after in pairs)
+        available = statistics.median(after.available - c.available for c, after in pairs)
+        lines.append(f"one more (median): {total:.1f} MB (MemAvailable: {available:.1f})")
     lines.append(f"stop and remove: median {statistics.median(stops):.3f} s")
     one = together.get(1)
     for count, seconds in together.items():
