@@ -20,7 +20,7 @@ def measure(prefix: Path, runs: int) -> list[Figure]:
     """Both yardsticks."""
     bare = Figure("bare boot to PID 1", "kata", "s")
     bare.measure(runs, lambda: trio.run(_bare_boot, prefix))
-    start = Figure("shim start returns", "kata", "ms", "≤ 90")
+    start = Figure("shim start returns", "kata", "ms", "≤ 70")
     start.measure(runs, lambda: _start(prefix) * 1000)
     return [bare, start]
 

@@ -246,6 +246,7 @@ def report(kind: str, costs: list[Cost], stops: list[float], together: dict[int,
         total = statistics.median(after.total - c.total for c, after in pairs)
         available = statistics.median(after.available - c.available for c, after in pairs)
         lines.append(f"one more (median): {total:.1f} MB (MemAvailable: {available:.1f})")
+    lines.append(f"shim: {costs[-1].shim / costs[-1].sandboxes:.1f} MB each of the last row")
     lines.append(f"stop and remove: median {statistics.median(stops):.3f} s")
     one = together.get(1)
     for count, seconds in together.items():
