@@ -65,10 +65,12 @@ class Cache:
 def cache(kata: Kata, templates: Templates) -> Iterator[Cache]:
     """A full cache of one VM; whatever it leaves fails the test."""
     cache = Cache(templates, 1)
-    cache.start()
-    yield cache
-    kata.close()  # whose VMs bear the cache's names
-    cache.close()
+    try:
+        cache.start()
+        yield cache
+        kata.close()  # whose VMs bear the cache's names
+    finally:
+        cache.close()
     left = left_by("cache-")
     assert not left, f"left behind: {left}"
 
