@@ -163,13 +163,7 @@ class Machine:
             nursery.start_soon(vm.restore, template.directory)
             if self._shares:
                 await self._start_virtiofsd()
-        self._timeline.kind = "template"
-        self._timeline.mark("prepared")
-        self.launched.set()
-        for device in devices:
-            await vm.add_device(device)
-        await vm.resume()
-        self._started(vm)
+        await self._go_on(vm, "template", devices)
 
     async def adopt(self, handover: Handover) -> None:
         """From the VM cache: it is there, paused, with our name on its state directory.
@@ -192,14 +186,18 @@ class Machine:
         if self._shares:
             devices.append(await self._open_virtiofsd())
             await self._start_virtiofsd()
-        self._timeline.kind = "cache"
+        await self._go_on(vm, "cache", devices)
+        self._start_holder()
+
+    async def _go_on(self, vm: Hypervisor, kind: str, devices: list[Device]) -> None:
+        """Plug what is this sandbox's own into a VM that is paused, and let it run."""
+        self._timeline.kind = kind
         self._timeline.mark("prepared")
         self.launched.set()
         for device in devices:
             await vm.add_device(device)
         await vm.resume()
         self._started(vm)
-        self._start_holder()
 
     def _move_in(self, pids: tuple[int, ...]) -> None:
         """Into the sandbox's cgroups; what the VM has used so far stays with the cache's."""

@@ -107,15 +107,9 @@ def find_memory_file(pid: int) -> Path | None:
 def save_sparse(source_fd: int, target_fd: int) -> None:
     """Copy a file without its holes and without pages of zeros, so that whatever is cloned from
     it is smaller.  Blocks: call it in a worker thread."""
-    size = os.fstat(source_fd).st_size
-    os.ftruncate(target_fd, size)
-    position = 0
-    while True:
-        try:
-            position = os.lseek(source_fd, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
-        end = os.lseek(source_fd, position, os.SEEK_HOLE)
+    os.ftruncate(target_fd, os.fstat(source_fd).st_size)
+    for start_of_data, end in _data_ranges(source_fd):
+        position = start_of_data
         while position < end:
             data = os.pread(source_fd, min(_CHUNK, end - position), position)
             if not data:
@@ -123,6 +117,18 @@ def save_sparse(source_fd: int, target_fd: int) -> None:
             for start, stop in _not_zero(data):
                 os.pwrite(target_fd, data[start:stop], position + start)
             position += len(data)
+
+
+def _data_ranges(fd: int) -> Iterator[tuple[int, int]]:
+    """Where a file has no hole: (start, end) in bytes."""
+    end = 0
+    while True:
+        try:
+            start = os.lseek(fd, end, os.SEEK_DATA)
+        except OSError:  # ENXIO: only a hole is left
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        yield start, end
 
 
 def _not_zero(data: bytes) -> Iterator[tuple[int, int]]:
@@ -141,16 +147,9 @@ def _not_zero(data: bytes) -> Iterator[tuple[int, int]]:
 
 def copy_sparse(source_fd: int, target_fd: int) -> None:
     """Copy a file without its holes.  Blocks: call it in a worker thread."""
-    size = os.fstat(source_fd).st_size
-    os.ftruncate(target_fd, size)
-    position = 0
-    while True:
-        try:
-            position = os.lseek(source_fd, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left
-            return
-        end = os.lseek(source_fd, position, os.SEEK_HOLE)
-        os.lseek(source_fd, position, os.SEEK_SET)
+    os.ftruncate(target_fd, os.fstat(source_fd).st_size)
+    for start_of_data, end in _data_ranges(source_fd):
+        position = start_of_data
         os.lseek(target_fd, position, os.SEEK_SET)
         while position < end:
             copied = os.sendfile(target_fd, source_fd, position, end - position)
