@@ -21,6 +21,7 @@ from shimv2.placement import SandboxPlacement
 from shimv2.sizing import Sizing
 from shimv2.vm_settings import network_settings
 from ttrpc.errors import Code, RpcError
+from vmm.errors import single_error
 
 if TYPE_CHECKING:
     from shimv2.factory.templates import Templates
@@ -121,7 +122,7 @@ class Life:
                 reason = await self._live()
                 nursery.cancel_scope.cancel()
         except Exception as error:
-            cause = _single(error)
+            cause = single_error(error) if isinstance(error, BaseExceptionGroup) else error
             reason = str(cause) or type(cause).__name__
             self._failure = cause
             what = "failed" if self._decided.is_set() else "did not start"
@@ -199,13 +200,3 @@ def _templates(config: Config) -> Templates | None:
     from shimv2.factory.templates import Templates, possible
 
     return Templates(config) if possible(config) else None
-
-
-def _single(error: Exception) -> Exception:
-    """The one error in nested groups, or the group itself."""
-    while isinstance(error, BaseExceptionGroup):
-        inner = [e for e in error.exceptions if isinstance(e, Exception)]
-        if not inner:
-            break
-        error = inner[0]
-    return error

@@ -60,7 +60,6 @@ class Machine:
         pooled: it is made for the VM cache: without a share, and to be handed over.
 
     Attributes:
-        channel: None before the start.
         daemon: virtiofsd, or None without a share.
         holder: a process in the pod's network namespace, where the VMM is not in it.
         launched: devices can be plugged; the guest need not run yet.

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TypeVar
+
+_ErrorT = TypeVar("_ErrorT", bound=BaseException)
 
 
 class VmmError(Exception):
@@ -15,9 +18,9 @@ class VmmError(Exception):
     """
 
 
-def single_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def single_error(group: BaseExceptionGroup[_ErrorT]) -> _ErrorT:
     """The one error of a nursery that says what went wrong; Cancelled only if there is no other."""
-    flat: list[BaseException] = []
+    flat: list[_ErrorT] = []
     for error in group.exceptions:
         flat.append(single_error(error) if isinstance(error, BaseExceptionGroup) else error)
     return next((error for error in flat if type(error).__name__ != "Cancelled"), flat[0])

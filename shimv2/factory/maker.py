@@ -9,28 +9,24 @@ names it, and a deadline.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import pickle
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import trio
 
-from shimv2.cgroups import SandboxCgroups, hierarchies, remove
 from shimv2.config import Config
+from shimv2.factory import home
 from shimv2.factory.settle import settle
 from shimv2.factory.templates import possible, template_key
 from shimv2.guest import Guest
-from shimv2.namespaces import new_network_namespace
-from shimv2.state import VMS, remove_tree, vm_dir
 from shimv2.timeline import Timeline
 from vmm.errors import UnsupportedError, VmmError, ungrouped
-from vmm.hypervisor import Placement
 from vmm.template import TemplateBusyError, TemplateStore
 
 log = logging.getLogger("factory")
@@ -86,11 +82,15 @@ async def make(config: Config, say: Callable[[str], None]) -> str:
     name = _name(store, key)
     store.tidy(keep=key)
     remove_leftovers(store)
-    with store.make(key) as making, _home(name) as placement, ungrouped():
+    with store.make(key) as making, home.home(CGROUP, name, move_in=True) as placement, ungrouped():
         async with (
             _deadline() as scope,
             Guest(
-                config, name, placement=placement, timeline=Timeline(), on_process=_ignore
+                config,
+                name,
+                placement=placement,
+                timeline=Timeline(),
+                on_process=home.forget_process,
             ) as guest,
         ):
             say("booting a VM")
@@ -117,34 +117,13 @@ async def make(config: Config, say: Callable[[str], None]) -> str:
 
 
 def remove_leftovers(store: TemplateStore) -> None:
-    """Remove what makers that were killed have left: directories of their VMs, and cgroups."""
+    """Remove what makers of this store that were killed have left."""
     busy = {_name(store, e.key) for e in store.status() if e.state == "being made"}
-    prefix = _prefix(store)
-    left = [path for path in VMS.glob(f"{prefix}*") if path.name not in busy]
-    for directory in left:
-        remove_tree(directory)
-    remove_cgroups(CGROUP, prefix, busy)
-
-
-def remove_cgroups(parent: str, prefix: str, busy: Collection[str] = ()) -> None:
-    """Remove the cgroups below `parent` of VMs whose id begins so, but for those in `busy`."""
-    for hierarchy in hierarchies():
-        for cgroup in (hierarchy.root / parent[1:]).glob(f"kata_{prefix}*"):
-            if cgroup.name.removeprefix("kata_") not in busy:
-                remove(cgroup)
-
-
-def _prefix(store: TemplateStore) -> str:
-    """Of the ids under which the makers of one store run their VMs."""
-    return f"template-{hashlib.sha256(os.fsencode(store.root)).hexdigest()[:8]}-"
+    home.remove_leftovers(CGROUP, home.prefix_of("template", store.root), busy)
 
 
 def _name(store: TemplateStore, key: str) -> str:
-    return f"{_prefix(store)}{key[:16]}"
-
-
-def _ignore(_name: str, _pid: int) -> None:
-    """A maker's helpers die with it; nobody else looks for them."""
+    return f"{home.prefix_of('template', store.root)}{key[:16]}"
 
 
 @contextlib.asynccontextmanager
@@ -161,19 +140,3 @@ async def _deadline() -> AsyncIterator[trio.CancelScope]:
             nursery.start_soon(watch, scope)
             yield scope
         nursery.cancel_scope.cancel()
-
-
-@contextlib.contextmanager
-def _home(name: str) -> Iterator[Placement]:
-    """A network namespace and cgroups of the maker's own; nothing is left of them."""
-    cgroups = SandboxCgroups(name, f"{CGROUP}/{name}", sandbox_only=True)
-    netns = new_network_namespace()
-    try:
-        cgroups.create()
-        cgroups.add_shim(stay=True)
-        cgroups.set_least_weight()
-        yield Placement(netns=Path(f"/proc/self/fd/{netns}"), cgroup_procs=cgroups.procs_files())
-    finally:
-        os.close(netns)
-        cgroups.delete()
-        remove_tree(vm_dir(name))

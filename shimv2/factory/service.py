@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import errno
 import fcntl
-import hashlib
 import itertools
 import logging
 import os
@@ -21,32 +20,30 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
 
-from shimv2.cgroups import CgroupError, SandboxCgroups
+from shimv2.cgroups import CgroupError
 from shimv2.cli import UsageError, check_id
 from shimv2.config import Config, ConfigError, load_config
-from shimv2.factory import maker
+from shimv2.factory import home, maker
 from shimv2.factory.settle import settle
 from shimv2.factory.templates import Templates, possible, template_key
 from shimv2.guest import Guest
-from shimv2.namespaces import new_network_namespace
-from shimv2.state import VMS, remove_tree, vm_dir
+from shimv2.state import vm_dir
 from shimv2.timeline import Timeline
 from ttrpc.errors import RpcError
 from vmm.errors import VmmError, ungrouped
-from vmm.hypervisor import Handover, Placement
+from vmm.hypervisor import Handover
 from vmm.template import TemplateBusyError
 from vmm.template.handover import HandoverError, receive, send
 
 log = logging.getLogger("factory")
 
 PROGRAM = "kata-vm-cache"
-PREFIX = "cache-"  # of the ids under which pooled VMs run
 _RETRY_AFTER = 10.0  # seconds after a VM could not be made
 _CALM = 1.0  # seconds without a request before the pool is filled again
 _REQUEST_LIMIT = 5.0  # seconds for a peer to say what it wants
@@ -174,13 +171,13 @@ class Cache:
         """The life of a pooled VM: clone, settle, wait, and be gone or somebody else's."""
         began = time.monotonic()
         pooled: Pooled | None = None
-        with _home(name) as placement, ungrouped():
+        with home.home(_CGROUP, name) as placement, ungrouped():
             async with Guest(
                 self._config,
                 name,
                 placement=placement,
                 timeline=Timeline(),
-                on_process=_ignore,
+                on_process=home.forget_process,
                 pooled=True,
             ) as guest:
                 await guest.boot_bare(Templates(self._config))
@@ -286,27 +283,7 @@ async def _answer(cache: Cache, peer: trio.socket.SocketType) -> None:
 
 def prefix_of(config: Config) -> str:
     """Of the ids of one cache's VMs: another one, at another place, has other ids."""
-    endpoint = os.path.abspath(config.factory.vm_cache_endpoint)
-    return f"{PREFIX}{hashlib.sha256(os.fsencode(endpoint)).hexdigest()[:8]}-"
-
-
-@contextlib.contextmanager
-def _home(name: str) -> Iterator[Placement]:
-    """A network namespace and cgroups for one VM until it is taken."""
-    cgroups = SandboxCgroups(name, f"{_CGROUP}/{name}", sandbox_only=True)
-    netns = new_network_namespace()
-    try:
-        cgroups.create()
-        cgroups.set_least_weight()  # until it is taken, and moves
-        yield Placement(netns=Path(f"/proc/self/fd/{netns}"), cgroup_procs=cgroups.procs_files())
-    finally:
-        os.close(netns)
-        cgroups.delete()
-        remove_tree(vm_dir(name))
-
-
-def _ignore(_name: str, _pid: int) -> None:
-    """Helpers die with this process, VMs by their keepers; nobody else looks for them."""
+    return home.prefix_of("cache", os.path.abspath(config.factory.vm_cache_endpoint))
 
 
 @contextlib.asynccontextmanager
@@ -345,10 +322,7 @@ async def run(config: Config) -> None:
         VmmError: it can't be served.
     """
     async with _listener(Path(config.factory.vm_cache_endpoint)) as listener:
-        prefix = prefix_of(config)
-        for directory in VMS.glob(f"{prefix}*"):  # of a cache that was killed
-            remove_tree(directory)
-        maker.remove_cgroups(_CGROUP, prefix)
+        home.remove_leftovers(_CGROUP, prefix_of(config))  # of a cache that was killed
         cache = Cache(config)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(cache.run)

@@ -120,9 +120,7 @@ class Templates:
 
     def what_is_left(self) -> Templates | None:
         """After a `CloneError`: where to look next; None to boot."""
-        if not self._use_cache and self._config.factory.vm_cache_number and not self._cloned:
-            return self if self.may_clone else None
-        return None
+        return self if self.may_clone and not self._cloned else None
 
     def failed(self, error: VmmError) -> CloneError:
         """The VM that was found is of no use, nor is the template that it came from."""
