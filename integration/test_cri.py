@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from integration.lib.cri import CrictlError, CriNode
+from integration.lib.cri import CriNode
+from integration.lib.crictl import CrictlError
 from integration.lib.kata import wait_until
 
 _RUNNING, _EXITED = "CONTAINER_RUNNING", "CONTAINER_EXITED"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A containerd with its CRI plugin, and `crictl` as a kubelet would use it.
+"""A containerd of one's own with its CRI plugin, and `crictl` for it.
 
 ::
 
@@ -12,39 +12,24 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import os
-import re
 import subprocess
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from integration.lib import cni
 from integration.lib.containerd import RUNTIME, Containerd, Edition
-from integration.lib.go_tools import crictl
+from integration.lib.crictl import Crictl
 from integration.lib.host_network import HostNetwork
 from integration.lib.images import BUSYBOX_REFERENCE, Image, busybox_image
-from integration.lib.leftovers import left_by
 from integration.lib.registry import Registry
 
 NAMESPACE = "k8s.io"
-_READY_LIMIT = 30.0
-_OF_CONTAINER = 1  # NamespaceMode CONTAINER: what a kubelet asks for unless told otherwise
-_GONE_LIMIT = 5.0
-_LOG_LINE = 300  # characters shown of each
-
-_numbers = itertools.count(1)
 
 
-class CrictlError(Exception):
-    """`crictl` failed; the message has its stderr and containerd's last lines."""
-
-
-class CriNode:
+class CriNode(Crictl):
     """One node: a host network of its own, a containerd in it, its pods.
 
     Args:
@@ -53,9 +38,6 @@ class CriNode:
         sandboxer: "podsandbox", or "shim" for the Sandbox API (containerd 2.x).
         images: ``repository:tag`` → image, to be pulled from whatever registry.
         sandbox_image: reference of the pause container's.
-
-    Attributes:
-        mark: is in the names of all pods here, and in no other.
     """
 
     def __init__(
@@ -70,19 +52,17 @@ class CriNode:
         sandbox_image: str = BUSYBOX_REFERENCE,
     ) -> None:
         self._images = images
-        self.mark = f"n{os.getpid()}-{next(_numbers)}-"
         self.host = HostNetwork()
         self._network = network
         self._stack = contextlib.ExitStack()
-        self._crictl = crictl()
-        self._pods: dict[str, Path] = {}  # id → file of its PodSandboxConfig
-        self.containerd = Containerd(
+        containerd = Containerd(
             edition,
             shim_path=[prefix / "bin"],
             cri=True,
             launcher=self.host.launcher,
         )
-        self.directory = self.containerd.directory
+        directory = containerd.directory
+        super().__init__(containerd, directory, directory / "state", self.host.launcher)
         installed = prefix / "share/defaults/kata-containers/configuration.toml"
         self.containerd.extra_config = _cri_config(
             self.directory, configuration or installed, sandboxer, sandbox_image
@@ -102,9 +82,9 @@ class CriNode:
                 registry = stack.enter_context(Registry(self.host, self._images))
                 registry.write_hosts(self.directory / "registries")
             self.containerd.start()
-            stack.callback(self._remove_pods)
+            stack.callback(self.remove_pods)
             self.containerd.import_image(busybox_image(), namespace=NAMESPACE)
-            self._wait_ready()
+            self.wait_ready()
             self._stack = stack.pop_all()
         return self
 
@@ -115,198 +95,6 @@ class CriNode:
         trace: TracebackType | None,
     ) -> None:
         self._stack.close()
-
-    # --- pods and containers ------------------------------------------------------------
-
-    def run_pod(self, *, handler: str = "kata", **more: Any) -> str:
-        """`crictl runp`; `more` are fields of PodSandboxConfig.  Returns the pod's id."""
-        name = f"{self.mark}{next(_numbers)}"
-        config = {
-            "metadata": {"name": name, "namespace": "default", "uid": name, "attempt": 1},
-            "log_directory": str(self._directory_of(name)),
-            "linux": {"security_context": {"namespace_options": {"pid": _OF_CONTAINER}}},
-            **more,
-        }
-        path = self._write(name, config)
-        pod_id = self.crictl("runp", "-r", handler, str(path)).strip()
-        self._pods[pod_id] = path
-        return pod_id
-
-    def create_container(self, pod_id: str, *command: str, **more: Any) -> str:
-        """`crictl create`; `more` are fields of ContainerConfig.  Returns the id."""
-        name = f"c{next(_numbers)}"
-        config = {
-            "metadata": {"name": name, "attempt": 1},
-            "image": {"image": BUSYBOX_REFERENCE},
-            "command": list(command),
-            "log_path": f"{name}.log",
-            "linux": {"security_context": {"namespace_options": {"pid": _OF_CONTAINER}}},
-            **more,
-        }
-        path = self._write(name, config)
-        return self.crictl("create", pod_id, str(path), str(self._pods[pod_id])).strip()
-
-    def start_container(self, pod_id: str, *command: str, **more: Any) -> str:
-        """Create and start a container; returns its id."""
-        container_id = self.create_container(pod_id, *command, **more)
-        self.crictl("start", container_id)
-        return container_id
-
-    def execute(self, container_id: str, *command: str, timeout: float = 60) -> str:
-        """What a command in the container prints.
-
-        Raises:
-            CrictlError: it failed.
-        """
-        return self.crictl("exec", container_id, *command, timeout=timeout)
-
-    @contextlib.contextmanager
-    def port_forward(self, pod_id: str, port: int) -> Iterator[int]:
-        """`crictl port-forward`; gives the port on the host network's loopback."""
-        command = [*self.crictl_command(), "port-forward", pod_id, f":{port}"]
-        with subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True
-        ) as process:
-            try:
-                assert process.stdout is not None
-                line = process.stdout.readline()
-                match = re.search(r"127\.0\.0\.1:(\d+)", line)
-                assert match, f"crictl port-forward says {line!r}"
-                yield int(match[1])
-            finally:
-                process.kill()
-
-    def logs(self, container_id: str) -> str:
-        """What the container wrote to either stream, as `crictl logs` shows it."""
-        return self.crictl("logs", container_id, both=True)
-
-    def inspect_pod(self, pod_id: str) -> dict[str, Any]:
-        """`crictl inspectp`."""
-        found: dict[str, Any] = json.loads(self.crictl("inspectp", pod_id))
-        return found
-
-    def inspect(self, container_id: str) -> dict[str, Any]:
-        """`crictl inspect`."""
-        found: dict[str, Any] = json.loads(self.crictl("inspect", container_id))
-        return found
-
-    def address(self, pod_id: str) -> str:
-        """The pod's first IP address, as CNI gave it."""
-        return str(self.inspect_pod(pod_id)["status"]["network"]["ip"])
-
-    def netns(self, pod_id: str) -> Path:
-        """The pod's network namespace on the host."""
-        info = self.inspect_pod(pod_id)["info"]
-        for namespace in (info.get("runtimeSpec") or {"linux": {}})["linux"].get("namespaces", ()):
-            if namespace["type"] == "network":
-                return Path(namespace["path"])
-        # With the Sandbox API no answer of CRI has it; the shim's record does.
-        record = json.loads(Path("/run/vc/sbs", pod_id, "state.json").read_text())
-        return Path(record["netns"][0])
-
-    def remove_pod(self, pod_id: str) -> None:
-        """`crictl stopp` and `rmp`."""
-        self.crictl("stopp", pod_id)
-        self.crictl("rmp", pod_id)
-
-    def clean(self) -> dict[str, list[str]]:
-        """Remove all pods; returns what those made since the last time have left behind."""
-        self._remove_pods()
-        deadline = time.monotonic() + _GONE_LIMIT
-        while (left := self._left()) and time.monotonic() < deadline:
-            time.sleep(0.1)  # a socket of another's sandbox is dead for a moment as well
-        self._pods.clear()
-        return left
-
-    def _left(self) -> dict[str, list[str]]:
-        left: dict[str, list[str]] = {}
-        for name in self._pods:
-            for kind, found in left_by(name).items():
-                left.setdefault(kind, []).extend(found)
-        if names := [p.name for p in self.namespaces()]:
-            left["network namespaces"] = names
-        if links := self.pod_links():
-            left["links"] = links
-        return left
-
-    def namespaces(self) -> list[Path]:
-        """Network namespaces of pods that exist now."""
-        return sorted(self.directory.glob("state/io.containerd.*/netns/cni-*"))
-
-    def pod_links(self) -> list[str]:
-        """Links of the host network that belong to pods."""
-        links = json.loads(self.host.run("ip", "-json", "link"))
-        return [link["ifname"] for link in links if link["ifname"].startswith(("veth", "tap"))]
-
-    # --- crictl -------------------------------------------------------------------------
-
-    def crictl_command(self) -> list[str]:
-        """The start of every `crictl` command line for this node."""
-        endpoint = f"unix://{self.containerd.address}"
-        return [
-            *self.host.launcher,
-            *(str(self._crictl), "-c", str(self._settings), "-t", "60s"),
-            *("-r", endpoint, "-i", endpoint),
-        ]
-
-    def crictl(self, *args: str, timeout: float = 120, both: bool = False) -> str:
-        """Run `crictl`; returns its stdout, or `both` stdout and stderr."""
-        done = subprocess.run(
-            [*self.crictl_command(), *args],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT if both else subprocess.PIPE,
-            timeout=timeout,
-            check=False,
-        )
-        if done.returncode:
-            raise CrictlError(
-                f"crictl {' '.join(args)} ended with {done.returncode}:\n"
-                f"{(done.stderr or done.stdout).decode(errors='replace')}\n"
-                f"containerd's last lines:\n{self._last_log_lines()}"
-            )
-        return done.stdout.decode(errors="replace")
-
-    # --- inside -------------------------------------------------------------------------
-
-    @property
-    def _settings(self) -> Path:
-        path = self.directory / "crictl.yaml"
-        if not path.exists():
-            path.write_text("")  # none of the user's own is read
-        return path
-
-    def _directory_of(self, name: str) -> Path:
-        path = self.directory / "pods" / name
-        path.mkdir(parents=True, exist_ok=True)
-        return path
-
-    def _write(self, name: str, config: Mapping[str, Any]) -> Path:
-        path = self.directory / "pods" / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(config))
-        return path
-
-    def _wait_ready(self) -> None:
-        deadline = time.monotonic() + _READY_LIMIT
-        while True:
-            with contextlib.suppress(CrictlError):
-                conditions = json.loads(self.crictl("info"))["status"]["conditions"]
-                if all(c["status"] for c in conditions if c["type"].endswith("Ready")):
-                    return
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"CRI is not ready:\n{self.containerd.last_log_lines()}")
-            time.sleep(0.1)  # nothing tells when it is
-
-    def _last_log_lines(self) -> str:
-        """Without the specs, which fill pages."""
-        lines = self.containerd.last_log_lines(30).splitlines()
-        return "\n".join(line[:_LOG_LINE] for line in lines)
-
-    def _remove_pods(self) -> None:
-        for pod_id in self.crictl("pods", "-q").split():
-            with contextlib.suppress(CrictlError):
-                self.crictl("rmp", "-f", pod_id)
 
 
 @contextlib.contextmanager
