@@ -25,7 +25,13 @@ from integration.lib.images import busybox_image
 
 TREE = Path(__file__).resolve().parents[2]
 GUEST = TREE / "build/guest"
-_TEST_REQUIREMENTS = ("pytest>=8", "pytest-trio>=0.8", "hypothesis>=6", "psutil>=5.9")
+_TEST_REQUIREMENTS = (
+    "pytest>=8",
+    "pytest-trio>=0.8",
+    "hypothesis>=6",
+    "psutil>=5.9",
+    "protobuf>=6.31",
+)
 #: Parts of the cache that tests find again by themselves.
 _CACHED = ("images", "programs", "go")
 

@@ -52,6 +52,18 @@ def macvlan(directory: Path, master: str) -> dict[str, Any]:
     )
 
 
+def ipvlan(directory: Path, master: str, *, mode: str = "l2") -> dict[str, Any]:
+    """An ipvlan interface on `master`: all of them have its MAC address."""
+    ipam = _host_local(directory, ipv6=False)
+    return _list("pods", {"type": "ipvlan", "master": master, "mode": mode, "ipam": ipam})
+
+
+def vlan(directory: Path, master: str, number: int) -> dict[str, Any]:
+    """A VLAN of `master` for the pod alone."""
+    ipam = _host_local(directory, ipv6=False)
+    return _list("pods", {"type": "vlan", "master": master, "vlanId": number, "ipam": ipam})
+
+
 def _host_local(directory: Path, *, ipv6: bool) -> dict[str, Any]:
     ranges = [[{"subnet": SUBNET_4}]]
     routes = [{"dst": "0.0.0.0/0"}]

@@ -77,9 +77,9 @@ class Kata:
         return container_id
 
     @contextlib.contextmanager
-    def pod(self) -> Iterator[Pod]:
+    def pod(self, flags: tuple[str | Path, ...] = ()) -> Iterator[Pod]:
         """A sandbox with a pause container, as CRI makes one; gone with its members after."""
-        pod_id = self.start("sleep", "1", flags=_annotations("sandbox", ""))
+        pod_id = self.start("sleep", "1", flags=(*_annotations("sandbox", ""), *flags))
         pod = Pod(self, pod_id)
         try:
             yield pod

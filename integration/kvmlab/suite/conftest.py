@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from integration.kvmlab.suite.node import node_of
 from integration.kvmlab.suite.system import SystemContainerd
+from integration.lib import cni
+from integration.lib.crictl import Crictl
 from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
 from integration.lib.leftovers import left_by
@@ -32,4 +35,19 @@ def kata(system: SystemContainerd) -> Iterator[Kata]:
     yield kata
     kata.close()
     left = left_by(kata.mark)
+    assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="module")
+def bridged(system: SystemContainerd, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crictl]:
+    """The system's containerd as a node of Kubernetes, its pods on a bridge."""
+    with node_of(system, cni.bridge(tmp_path_factory.mktemp("leases"))) as client:
+        yield client
+
+
+@pytest.fixture
+def node(bridged: Crictl) -> Iterator[Crictl]:
+    """The node for one test; whatever its pods leave behind fails the test."""
+    yield bridged
+    left = bridged.clean()
     assert not left, f"left behind: {left}"

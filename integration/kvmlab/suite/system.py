@@ -26,6 +26,10 @@ class SystemContainerd(Containerd):
         how = ["kill", "--signal=KILL"] if kill else ["stop"]
         subprocess.run(["systemctl", *how, "containerd"], check=True)
 
+    def restart(self) -> None:
+        """With what its configuration says now."""
+        subprocess.run(["systemctl", "restart", "containerd"], check=True)
+
     def last_log_lines(self, count: int = 30) -> str:
         command = ["journalctl", "-u", "containerd", "-n", str(count), "--no-pager", "-o", "cat"]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""containerd's device-mapper snapshotter: each root file system is a block device."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from integration.kvmlab.suite.node import CONTAINERD_CONFIG, configured
+from integration.kvmlab.suite.system import SystemContainerd
+from integration.lib.images import busybox_image
+from integration.lib.kata import Kata
+from integration.lib.leftovers import left_by
+
+_POOL = "kvmlab-pool"
+_SECTOR = 512
+_BLOCK = 128  # sectors
+_DATA, _METADATA = 1 << 30, 16 << 20  # bytes
+_CONFIG = f"""
+[plugins."io.containerd.snapshotter.v1.devmapper"]
+  pool_name = "{_POOL}"
+  root_path = "/var/lib/containerd/devmapper"
+  base_image_size = "128MB"
+"""
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Iterator[None]:
+    """A thin pool on loop devices."""
+    with ExitStack() as stack:
+        devices = []
+        for name, size in (("metadata", _METADATA), ("data", _DATA)):
+            file = tmp_path / name
+            with file.open("wb") as made:
+                made.truncate(size)
+            done = subprocess.run(
+                ["losetup", "--find", "--show", file], check=True, capture_output=True, text=True
+            )
+            devices.append(done.stdout.strip())
+            stack.callback(subprocess.run, ["losetup", "-d", devices[-1]], check=True)
+        table = f"0 {_DATA // _SECTOR} thin-pool {' '.join(devices)} {_BLOCK} 32768"
+        subprocess.run(["dmsetup", "create", _POOL, "--table", table], check=True)
+        stack.callback(subprocess.run, ["dmsetup", "remove", "--retry", _POOL], check=True)
+        yield
+
+
+@pytest.fixture
+def snapshotter(system: SystemContainerd, pool: None) -> Iterator[str]:
+    with configured(system, CONTAINERD_CONFIG.read_text() + _CONFIG):
+        system.ctr("images", "import", "--snapshotter", "devmapper", busybox_image())
+        yield "devmapper"
+        for line in system.ctr("snapshots", "--snapshotter", "devmapper", "ls").stdout.splitlines():
+            if (name := line.split()[0]).startswith("sha256:"):
+                system.ctr("snapshots", "--snapshotter", "devmapper", "rm", name)
+
+
+def test_a_container_on_a_thin_volume(kata: Kata, snapshotter: str) -> None:
+    flags = ("--snapshotter", snapshotter)
+    container_id = kata.start("sleep", "1000", flags=flags)
+    devices = subprocess.run(["dmsetup", "ls"], check=True, capture_output=True, text=True).stdout
+    assert f"{_POOL}-snap-" in devices
+    script = "dd if=/dev/urandom of=/data bs=1M count=16 2>/dev/null; sync; sha256sum </data"
+    written = kata.execute(container_id, "sh", "-c", script).stdout
+    assert kata.execute(container_id, "sha256sum", "/data").stdout.split()[0] in written
+    kata.remove(container_id)
+    assert kata.run("cat", "/data", flags=flags, check=False).returncode != 0
+    left = left_by(kata.mark)
+    assert not left, f"left behind: {left}"
