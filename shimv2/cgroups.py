@@ -224,7 +224,8 @@ class SandboxCgroups:
                         file.write_text(str(tid))
 
     def set_cpuset(self, cpus: str, mems: str = "") -> None:
-        """Confine the sandbox's vCPUs to host CPUs and memory nodes; "" changes nothing.
+        """Confine the sandbox's vCPUs to host CPUs and memory nodes; "" stands for all that the
+        cgroup above has.
 
         Raises:
             CgroupError: such CPUs or nodes don't exist here.
@@ -234,10 +235,11 @@ class SandboxCgroups:
                 continue
             directory = self._directory(hierarchy, self._sandbox)
             for name, value in (("cpuset.cpus", cpus), ("cpuset.mems", mems)):
-                if not value:
-                    continue
+                all_there_is = "\n"
+                if not hierarchy.is_v2:  # to which an empty list is one without any
+                    all_there_is = (directory.parent / name).read_text()
                 try:
-                    (directory / name).write_text(value)
+                    (directory / name).write_text(value or all_there_is)
                 except OSError as error:
                     raise CgroupError(
                         f"cgroup {directory}/{name} = {value!r}: {error.strerror}"

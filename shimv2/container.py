@@ -15,7 +15,13 @@ import trio
 
 from agent.api import agent_pb2, oci_pb2
 from shimv2.api import task_events_pb2, task_types_pb2
-from shimv2.guest_spec import guest_spec, process_from_json, resources_from_json
+from shimv2.guest_spec import (
+    guest_resources,
+    guest_spec,
+    process_from_json,
+    resources_from_json,
+    resources_of,
+)
 from shimv2.hooks import ContainerState, run_hooks
 from shimv2.process import LOST_STATUS, Process, State
 from shimv2.rootfs import Rootfs
@@ -102,7 +108,7 @@ class Container:
             )
             _complete(converted.message, life.origin)
             if life.sizing is not None:
-                await life.sizing.add(self.id, converted.message.Linux.Resources)
+                await life.sizing.add(self.id, resources_of(self.spec))
             if converted.lost:
                 log.warning("not carried to the guest: %s", ", ".join(converted.lost))
             limit = life.origin.config.runtime.create_container_timeout or _CREATE_LIMIT
@@ -477,12 +483,16 @@ class Container:
         self.init.require("update", State.CREATED, State.RUNNING)
         guest = await self._guest()
         wanted = resources_from_json(resources.value).message
-        if self._life is not None and self._life.sizing is not None:
-            await self._life.sizing.update(self.id, wanted)
+        sizing = self._life.sizing if self._life is not None else None
+        if sizing is not None:
+            await sizing.update(self.id, wanted)
+        guest_resources(wanted)
         await guest.call(
             "UpdateContainer",
             agent_pb2.UpdateContainerRequest(container_id=self.id, resources=wanted),
         )
+        if sizing is not None:
+            await sizing.shrink()
 
     async def stats(self) -> agent_pb2.StatsContainerResponse:
         """What the guest counts for this container."""

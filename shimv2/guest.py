@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 from agent.api import agent_pb2, health_pb2
 from shimv2.config import Config
 from shimv2.machine import Machine, concurrently, own_nursery
+from shimv2.resources import Size
 from shimv2.state import vm_dir
 from shimv2.stats import add_stats
 from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, SocketWriter
@@ -29,7 +30,14 @@ from shimv2.timeline import Timeline
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
-from vmm.hypervisor import Device, DeviceAddress, Handover, Hypervisor, Placement
+from vmm.hypervisor import (
+    Device,
+    DeviceAddress,
+    Handover,
+    Hypervisor,
+    Placement,
+    VsockDevice,
+)
 from vmm.vsock import VsockChannel, VsockConnection, VsockNoAnswer, VsockRefused
 
 if TYPE_CHECKING:
@@ -65,7 +73,7 @@ class Guest:
         placement: the pod's network namespace and the sandbox's cgroups.
         timeline: gets a mark at each phase of the boot.
         on_process: called with (name, pid) for each helper as soon as it runs.
-        pooled: see `Machine`.
+        pooled, fixed: see `Machine`.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class Guest:
         timeline: Timeline,
         on_process: Callable[[str, int], None],
         pooled: bool = False,
+        fixed: Size | None = None,
     ) -> None:
         self._config = config
         self._id = sandbox_id
@@ -88,6 +97,7 @@ class Guest:
             timeline=timeline,
             on_process=on_process,
             pooled=pooled,
+            fixed=fixed,
         )
         self._stack = contextlib.AsyncExitStack()
         self._nursery: trio.Nursery
@@ -394,6 +404,14 @@ class Guest:
         except VmmError:
             return []
 
+    @property
+    def agent_url(self) -> str:
+        """Where another program of this host reaches the agent, as Kata writes it."""
+        device = self._machine.channel.device
+        if isinstance(device, VsockDevice) and device.vhost_fd is not None:
+            return f"vsock://{device.cid}:{AGENT_PORT}"
+        return f"hvsock://{vm_dir(self._id)}/hybrid.sock:{AGENT_PORT}"
+
     async def facts(self) -> dict[str, str]:
         """About the VM, for SandboxStatus and for people."""
         vm = self._machine.vm
@@ -403,7 +421,7 @@ class Guest:
             "accelerator": vm.accelerator.value,
             "pid": str(vm.pid),
             "vcpus": str(len(figures.vcpu_threads)),
-            "memory_mib": str(vm.config.memory_mib),
+            "memory_mib": str(figures.memory_mib),
             "rss_bytes": str(figures.rss_bytes),
         }
 

@@ -98,6 +98,16 @@ def resources_from_json(data: bytes) -> Converted[oci_pb2.LinuxResources]:
     return _convert(parse_json(data), oci_pb2.LinuxResources(), "resources")
 
 
+def resources_of(spec: Spec) -> oci_pb2.LinuxResources:
+    """``linux.resources`` as the host means it.
+
+    Raises:
+        SpecError: a value of a wrong type or size.
+    """
+    document = (spec.json.get("linux") or {}).get("resources") or {}
+    return _convert(document, oci_pb2.LinuxResources(), "linux.resources").message
+
+
 def guest_spec(
     spec: Spec,
     *,

@@ -18,8 +18,9 @@ from shimv2.network.pod_network import PodNetwork
 from shimv2.network.port_forward import forward_ports
 from shimv2.network.traces import Trace
 from shimv2.placement import SandboxPlacement
+from shimv2.resources import Demand
 from shimv2.sizing import Sizing
-from shimv2.vm_settings import network_settings
+from shimv2.vm_settings import fixed_size, network_settings
 from ttrpc.errors import Code, RpcError
 from vmm.errors import single_error
 
@@ -40,6 +41,7 @@ class Origin:
         dns: lines of the pod's resolv.conf.
         sysctls: (name, value) that hold for every container.
         storages: of CreateSandbox: the share and the pod's /dev/shm.
+        workload: what all its containers will ask for, where the VM has one size for good.
     """
 
     config: Config
@@ -49,6 +51,7 @@ class Origin:
     dns: tuple[str, ...]
     sysctls: tuple[tuple[str, str], ...]
     storages: tuple[agent_pb2.Storage, ...]
+    workload: Demand | None = None
 
 
 class Life:
@@ -152,10 +155,11 @@ class Life:
 
     async def _live_in(self, placement: SandboxPlacement, templates: Templates | None) -> str:
         origin, sandbox = self.origin, self._sandbox
+        fixed = fixed_size(origin.config, origin.workload) if origin.workload else None
         async with (
             PodNetwork(
                 placement.netns_fd,
-                network_settings(origin.config),
+                network_settings(origin.config, fixed),
                 # A namespace of our own takes along what is in it.
                 partial(sandbox.remember_traces, origin.netns) if origin.netns else _no_traces,
             ) as network,
@@ -166,15 +170,18 @@ class Life:
                 placement=placement.vmm,
                 timeline=sandbox.timeline,
                 on_process=sandbox.remember_process,
+                fixed=fixed,
             ) as guest,
         ):
             storages, dns = list(origin.storages), list(origin.dns)
             booting.start_soon(network.plug, guest)
             await guest.boot(storages, origin.hostname, dns, templates)
-            await network.configure(guest)
+            sizing = Sizing(origin.config, guest, placement, fixed)
+            async with concurrently() as nursery:
+                nursery.start_soon(sizing.settle)
+                await network.configure(guest)
             sandbox.timeline.mark("network")
-            self._guest, self._network = guest, network
-            self.sizing = Sizing(origin.config, guest, placement.add_vcpu_threads)
+            self._guest, self._network, self.sizing = guest, network, sizing
             log.info("guest is up: %s", sandbox.timeline)
             self._decided.set()
             placement.add_vcpu_threads(await guest.vcpu_threads())

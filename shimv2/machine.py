@@ -19,11 +19,13 @@ import trio
 
 from shimv2.config import Config
 from shimv2.console import copy_console
+from shimv2.resources import Size
 from shimv2.state import share_dir, vm_dir
 from shimv2.timeline import Timeline
 from shimv2.vm_settings import SHARE_TAG, virtiofs_socket, vm_config
 from vmm.errors import VmmError, VmmGoneError, ungrouped
 from vmm.hypervisor import (
+    BalloonDevice,
     ConsoleDevice,
     Device,
     FsDevice,
@@ -58,6 +60,7 @@ class Machine:
         timeline: gets a mark at each phase.
         on_process: called with (name, pid) for each helper as soon as it runs.
         pooled: it is made for the VM cache: without a share, and to be handed over.
+        fixed: the size that a boot gives it for good; None where it is to grow.
 
     Attributes:
         daemon: virtiofsd, or None without a share.
@@ -74,6 +77,7 @@ class Machine:
         timeline: Timeline,
         on_process: Callable[[str, int], None],
         pooled: bool = False,
+        fixed: Size | None = None,
     ) -> None:
         self._config = config
         self._id = sandbox_id
@@ -86,6 +90,7 @@ class Machine:
         self._vm: Hypervisor | None = None
         self._channel: VsockChannel | None = None
         self._pooled = pooled
+        self._fixed = fixed
         self.daemon: Virtiofsd | None = None
         self.holder: HelperProcess | None = None
         self.launched = trio.Event()
@@ -237,7 +242,12 @@ class Machine:
     async def prepare(self, *, clonable: bool) -> Hypervisor:
         """A VM with the devices that all ways of starting have in common, checked, not running."""
         config = vm_config(
-            self._config, self._id, self._placement, clonable=clonable, kept=self._pooled
+            self._config,
+            self._id,
+            self._placement,
+            clonable=clonable,
+            kept=self._pooled,
+            fixed=None if clonable else self._fixed,  # a clone has the size of its template
         )
         vm: Hypervisor = await self._stack.enter_async_context(Qemu(config))
         self._vm = vm
@@ -245,6 +255,8 @@ class Machine:
         source = self._config.hypervisor.entropy_source
         await vm.add_device(RngDevice(id="rng0", source=source))
         await vm.add_device(ConsoleDevice(id="console0", socket=self._console))
+        if self._config.hypervisor.reclaim_guest_freed_memory:
+            await vm.add_device(BalloonDevice(id="balloon0"))
         return vm
 
     @property

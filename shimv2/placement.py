@@ -39,6 +39,7 @@ class SandboxPlacement:
         self.vmm = Placement()
         self.netns_path = ""
         self.cgroup_dirs: list[str] = []
+        self._confined = "", ""
 
     def __enter__(self) -> Self:
         wanted = self._origin.netns
@@ -80,6 +81,17 @@ class SandboxPlacement:
         """Put the VMM's vCPU threads where the pod's CPU limits hold."""
         assert self._cgroups is not None
         self._cgroups.add_vcpu_threads(threads)
+
+    def confine(self, cpus: str, nodes: str) -> None:
+        """Let the vCPUs run on these CPUs and memory nodes of the host only; "" means all.
+
+        Raises:
+            CgroupError: there are none of that kind.
+        """
+        assert self._cgroups is not None
+        if (cpus, nodes) != self._confined:
+            self._cgroups.set_cpuset(cpus, nodes)
+            self._confined = cpus, nodes
 
     def __exit__(
         self,

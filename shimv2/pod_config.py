@@ -9,6 +9,7 @@ from typing import Any
 
 from shimv2 import spec as oci
 from shimv2.api import cri_pb2
+from shimv2.resources import pod_annotations
 
 _HOST_RESOLV_CONF = Path("/etc/resolv.conf")
 
@@ -33,6 +34,8 @@ def sandbox_spec(bundle: Path, request: Any) -> oci.Spec:
     linux = dict(document.get("linux") or {})
     pod = _pod(request)
     if pod is not None:
+        if pod.linux.HasField("resources"):
+            document["annotations"] |= pod_annotations(pod.linux.resources)
         document["hostname"] = pod.hostname or document.get("hostname") or ""
         if pod.linux.cgroup_parent:
             linux["cgroupsPath"] = _cgroups_path(pod.linux.cgroup_parent, request.sandbox_id)

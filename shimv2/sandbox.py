@@ -32,6 +32,7 @@ from shimv2.network.traces import Trace
 from shimv2.pause import PauseContainer
 from shimv2.process import LOST_STATUS, Process
 from shimv2.share import Share
+from shimv2.sizing import workload
 from shimv2.state import SandboxRecord, share_dir, vm_dir
 from shimv2.stats import Metrics, host_is_unified, to_containerd
 from shimv2.timeline import Timeline
@@ -151,6 +152,7 @@ class Sandbox:
             dns=tuple(volumes.dns_lines(spec)),
             sysctls=tuple(spec.sysctls.items()),
             storages=tuple(volumes.sandbox_storages(spec)),
+            workload=workload(config, spec),
         )
 
     def _launch(self, origin: Origin) -> None:

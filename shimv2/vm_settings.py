@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
 from shimv2.config import Config
 from shimv2.network.pod_network import NetworkSettings
+from shimv2.resources import Demand, Size, wanted_size
 from shimv2.state import vm_dir
 from vmm.hypervisor import Accelerator, Placement, VmConfig
 
@@ -28,20 +30,18 @@ def vm_config(
     *,
     clonable: bool = False,
     kept: bool = False,
+    fixed: Size | None = None,
 ) -> VmConfig:
     """The size and files of the VM, before any container asked for more.
 
     Args:
         clonable: it becomes a template, or is cloned from one.
         kept: it comes from the VM cache, or waits there.
+        fixed: its size for good.
     """
     hypervisor = config.hypervisor
-    host_cpus = os.cpu_count() or 1
-    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
-    vcpus = _vcpus(config)
-    maximum = hypervisor.default_maxvcpus or host_cpus
-    memory = hypervisor.default_memory
-    most = hypervisor.default_maxmemory or host_memory
+    size = fixed or own_size(config)
+    most = fixed or most_size(config)
     return VmConfig(
         id=sandbox_id,
         state_dir=vm_dir(sandbox_id),
@@ -55,11 +55,12 @@ def vm_config(
         machine_accelerators=hypervisor.machine_accelerators,
         cpu_features=hypervisor.cpu_features,
         firmware=hypervisor.firmware,
-        vcpus=vcpus,
-        max_vcpus=max(vcpus, min(maximum, host_cpus, _MAX_VCPUS)),
-        memory_mib=memory,
-        max_memory_mib=max(memory, min(most, host_memory)),
+        vcpus=size.vcpus,
+        max_vcpus=most.vcpus,
+        memory_mib=size.memory_mib,
+        max_memory_mib=most.memory_mib,
         memory_slots=hypervisor.memory_slots,
+        virtio_mem=hypervisor.enable_virtio_mem,
         shared_memory=True,
         hugepages=hypervisor.enable_hugepages,
         mem_prealloc=hypervisor.enable_mem_prealloc,
@@ -72,29 +73,56 @@ def vm_config(
     )
 
 
-def network_settings(config: Config) -> NetworkSettings:
-    """How the pod's interfaces reach the VM."""
+def own_size(config: Config) -> Size:
+    """What a VM boots with: a fraction of a CPU counts whole, and no more than the host has."""
+    host_cpus = os.cpu_count() or 1
+    wanted = config.hypervisor.default_vcpus
+    vcpus = host_cpus if wanted < 0 else min(max(1, math.ceil(wanted)), host_cpus)
+    return Size(vcpus, config.hypervisor.default_memory)
+
+
+def most_size(config: Config) -> Size:
+    """How far a VM can grow here."""
+    hypervisor, own = config.hypervisor, own_size(config)
+    host_cpus = os.cpu_count() or 1
+    host_memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
+    vcpus = min(hypervisor.default_maxvcpus or host_cpus, host_cpus, _MAX_VCPUS)
+    memory = min(hypervisor.default_maxmemory or host_memory, host_memory)
+    return Size(max(own.vcpus, vcpus), max(own.memory_mib, memory))
+
+
+def fixed_size(config: Config, workload: Demand) -> Size:
+    """Of a VM that has one size for good, by `static_sandbox_resource_mgmt`.
+
+    Raises:
+        CapacityError: it can't have so much memory here.
+    """
+    cpus = config.hypervisor.default_vcpus
+    own = own_size(config)
+    return wanted_size(
+        own.vcpus if cpus < 0 else max(cpus, 0.0), own.memory_mib, [workload], most_size(config)
+    )
+
+
+def network_settings(config: Config, fixed: Size | None = None) -> NetworkSettings:
+    """How the pod's interfaces reach the VM; `fixed` as for `vm_config`."""
     hypervisor = config.hypervisor
     return NetworkSettings(
         model=config.runtime.internetworking_model,
-        queues=max(hypervisor.network_queues, _vcpus(config)),
+        queues=max(hypervisor.network_queues, (fixed or own_size(config)).vcpus),
         vhost=not hypervisor.disable_vhost_net,
         inbound=hypervisor.rx_rate_limiter_max_rate,
         outbound=hypervisor.tx_rate_limiter_max_rate,
     )
 
 
-def _vcpus(config: Config) -> int:
-    """At the boot: a fraction counts whole, and no more than the host has."""
-    host_cpus = os.cpu_count() or 1
-    wanted = config.hypervisor.default_vcpus
-    return host_cpus if wanted < 0 else min(max(1, -int(-wanted // 1)), host_cpus)
-
-
 def _kernel_params(config: Config) -> str:
     agent = config.agent
     # The kernel's dummy0 would have the same MAC address in all clones of a template.
     words = ["agent.passfd_listener_port=1027", "agent.forward_port=1028", "dummy.numdummies=0"]
+    if config.hypervisor.enable_virtio_mem:
+        # What is added can be taken away again where the kernel keeps nothing of its own.
+        words.append("memory_hotplug.online_policy=auto-movable")
     if config.hypervisor.vsock == "serial":
         words.append("agent.server_addr=serial://agent.channel.0")
     if agent.enable_debug:

@@ -66,6 +66,7 @@ class VmConfig:
             and then mounts the image.
         kernel_params: appended last, so they win over the driver's own.
         max_vcpus, max_memory_mib, memory_slots: how far hot-plug may go.
+        virtio_mem: memory comes and goes by virtio-mem, which needs no slots.
         shared_memory: guest memory can be mapped by vhost-user devices.
         accelerator: AUTO detects; asking for KVM where it can't work is an error.
         generation_id: a device that tells the guest's kernel when it goes on as a clone
@@ -92,6 +93,7 @@ class VmConfig:
     memory_mib: int = 2048
     max_memory_mib: int = 2048
     memory_slots: int = 10
+    virtio_mem: bool = False
     shared_memory: bool = True
     hugepages: bool = False
     mem_prealloc: bool = False
@@ -104,8 +106,26 @@ class VmConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DiskLimits:
+    """Of one disk, reading and writing together; 0 for none.
+
+    A burst is how much may pass at once after a pause; where it is not above what passes in
+    a second, the VMM's own small one is used.
+    """
+
+    bytes_per_second: int = 0
+    bytes_burst: int = 0
+    operations_per_second: int = 0
+    operations_burst: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class BlockDevice:
-    """A raw disk from a file or host block device."""
+    """A raw disk from a file or host block device.
+
+    Args:
+        queues, queue_size, logical_sector, physical_sector: 0 leaves it to the VMM.
+    """
 
     id: str
     path: Path
@@ -116,6 +136,11 @@ class BlockDevice:
     cache_noflush: bool = False
     discard: bool = False
     serial: str = ""
+    queues: int = 0
+    queue_size: int = 0
+    logical_sector: int = 0
+    physical_sector: int = 0
+    limits: DiskLimits | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,10 +290,16 @@ class Handover:
 
 @dataclass(frozen=True, slots=True)
 class VmMetrics:
-    """Figures about the VMM process, read from the host; the guest can't influence their type."""
+    """Figures about the VMM process, read from the host; the guest can't influence their type.
+
+    Attributes:
+        vcpu_threads: host thread id by vCPU.
+        memory_mib: what the guest has now.
+    """
 
     pids: tuple[int, ...]
     vcpu_threads: Mapping[int, int]
+    memory_mib: int
     rss_bytes: int
     cpu_seconds: float
 
@@ -378,13 +409,24 @@ class Hypervisor(abc.ABC):
         """
 
     @abc.abstractmethod
+    async def resize_disk(self, device_id: str, size: int) -> None:
+        """The file or device behind a disk has `size` bytes now: tell the guest.
+
+        Raises:
+            VmmError: the id is unknown, or the VMM refused the size.
+        """
+
+    @abc.abstractmethod
     async def resize_vcpus(self, count: int) -> int:
         """Bring the VM to `count` vCPUs; returns how many it has now (the guest must still
         bring new ones online)."""
 
     @abc.abstractmethod
     async def resize_memory(self, mib: int) -> int:
-        """Bring the VM to at least `mib` of memory; returns the size it has now in MiB."""
+        """Bring the VM to at least `mib` of memory; returns the size it has now in MiB.
+
+        Where memory can be unplugged a smaller size than before is asked of the guest, which
+        takes its time for it and keeps what it can't free."""
 
     @abc.abstractmethod
     async def save(self, directory: Path) -> None:

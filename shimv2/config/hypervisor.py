@@ -181,7 +181,10 @@ class HypervisorConfig(Section):
         support=INERT,
     )
     enable_virtio_mem: bool = key(
-        False, "grow by virtio-mem", annotation=SAME_NAME, vmms="QC", support=NO
+        False,
+        "memory comes and goes by virtio-mem; without it it only comes, by DIMMs",
+        annotation=SAME_NAME,
+        vmms="QC",
     )
     enable_mem_prealloc: bool = key(
         False, "allocate all memory at boot", annotation=SAME_NAME, vmms="QC", sample=True
@@ -202,7 +205,6 @@ class HypervisorConfig(Section):
         annotation=SAME_NAME,
         vmms="QC",
         sample=True,
-        support=NO,
     )
     enable_guest_swap: bool = key(
         False, "swap disk in the guest", annotation=SAME_NAME, vmms="Q", support=NO

@@ -54,7 +54,7 @@ class RuntimeConfig(Section):
         sample=True,
     )
     static_sandbox_resource_mgmt: bool = key(
-        False, "size the VM at its start and never again", sample=True, support=NO
+        False, "size the VM at its start and never again", sample=True
     )
     enable_vcpus_pinning: bool = key(
         False, "a host CPU for each vCPU", annotation=SAME_NAME, support=NO

@@ -138,7 +138,8 @@ def _memory(config: VmConfig) -> str:
         return f"{config.memory_mib}M"
     # A DIMM is aligned to 1 GiB in the address space above what is there at boot.
     most = config.max_memory_mib + 1024
-    return f"{config.memory_mib}M,slots={config.memory_slots},maxmem={most}M"
+    slots = "" if config.virtio_mem else f"slots={config.memory_slots},"
+    return f"{config.memory_mib}M,{slots}maxmem={most}M"
 
 
 def _fixed_devices(boot: Boot) -> list[str]:

@@ -21,6 +21,7 @@ from vmm.hypervisor import (
     BlockDevice,
     ConsoleDevice,
     Device,
+    DiskLimits,
     FsDevice,
     NetDevice,
     RngDevice,
@@ -177,22 +178,72 @@ def blockdev(node: str, device: BlockDevice) -> dict[str, Any]:
     return upper
 
 
+def disk_backend(device: BlockDevice) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(objects, block nodes): the raw node, and a filter above it where the disk has limits."""
+    node = disk_node(device.id)
+    if device.limits is None:
+        return [], [blockdev(node, device)]
+    group, raw = qemu_id("limit", device.id), qemu_id("raw", device.id)
+    throttle: dict[str, Any] = {
+        "driver": "throttle",
+        "node-name": node,
+        "throttle-group": group,
+        "file": raw,
+        "read-only": device.readonly,
+    }
+    limits = {"qom-type": "throttle-group", "id": group, "limits": throttle_limits(device.limits)}
+    return [limits], [blockdev(raw, device), throttle]
+
+
+def throttle_limits(limits: DiskLimits) -> dict[str, int]:
+    """QEMU's ThrottleLimits; a bucket (``-max``) must not be smaller than what fills it."""
+    found: dict[str, int] = {}
+    for name, rate, burst in (
+        ("bps-total", limits.bytes_per_second, limits.bytes_burst),
+        ("iops-total", limits.operations_per_second, limits.operations_burst),
+    ):
+        if rate:
+            found[name] = rate
+            if burst > rate:
+                found[f"{name}-max"] = burst
+    return found
+
+
+def disk_node(device_id: str) -> str:
+    """The block node that a disk's device stands on."""
+    return qemu_id("drive", device_id)
+
+
+def _sectors(device: BlockDevice) -> dict[str, int]:
+    sizes = {
+        "logical_block_size": device.logical_sector,
+        "physical_block_size": device.physical_sector,
+    }
+    return {name: size for name, size in sizes.items() if size}
+
+
 def virtio_blk(device: BlockDevice, place: PciSlot) -> Parts:
-    node = qemu_id("drive", device.id)
-    extra: dict[str, Any] = {"drive": node, "share-rw": True}
+    node = disk_node(device.id)
+    extra: dict[str, Any] = {"drive": node, "share-rw": True, **_sectors(device)}
+    if device.queues:
+        extra["num-queues"] = device.queues
+    if device.queue_size:
+        extra["queue-size"] = device.queue_size
     if device.readonly:
         # Linux reads ahead twice that much: a cold program is a few requests, not hundreds.
         extra["opt_io_size"] = READ_AHEAD // 2
     if device.serial:
         extra["serial"] = device.serial[:20]  # VIRTIO_BLK_ID_BYTES
+    objects, nodes = disk_backend(device)
     return Parts(
         pci_device("virtio-blk-pci", qemu_id("virtio", device.id), place, **extra),
-        blockdevs=[blockdev(node, device)],
+        objects=objects,
+        blockdevs=nodes,
     )
 
 
 def scsi_disk(device: BlockDevice, target: int, lun: int) -> Parts:
-    node = qemu_id("drive", device.id)
+    node = disk_node(device.id)
     arguments: dict[str, Any] = {
         "driver": "scsi-hd",
         "id": qemu_id("virtio", device.id),
@@ -201,10 +252,12 @@ def scsi_disk(device: BlockDevice, target: int, lun: int) -> Parts:
         "scsi-id": target,
         "lun": lun,
         "share-rw": True,
+        **_sectors(device),
     }
     if device.serial:
         arguments["serial"] = device.serial[:36]
-    return Parts(arguments, blockdevs=[blockdev(node, device)])
+    objects, nodes = disk_backend(device)
+    return Parts(arguments, objects=objects, blockdevs=nodes)
 
 
 def virtio_net(device: NetDevice, place: PciSlot) -> Parts:

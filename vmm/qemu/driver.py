@@ -198,6 +198,7 @@ class Qemu(Hypervisor):
             # QEMU 7.2 under TCG leaks an unplugged vCPU and ends when it is plugged again.
             vcpu_unplug=more_vcpus and self._accelerator is Accelerator.KVM,
             memory_hotplug=memory.can_grow(self.config),
+            memory_unplug=self.config.virtio_mem and memory.can_grow(self.config),
             balloon=True,
             save_restore=self.config.shared_memory and not self.config.hugepages,
             vhost_user_vsock=self.config.shared_memory,
@@ -223,7 +224,7 @@ class Qemu(Hypervisor):
         return self._process.pid
 
     async def metrics(self) -> VmMetrics:
-        return await metrics.read(self._control, self.pid)
+        return await metrics.read(self._control, self.pid, self._hot.memory_mib)
 
     # -- devices ------------------------------------------------------------
 
@@ -242,6 +243,9 @@ class Qemu(Hypervisor):
         await self._hot.unplug(device_id)
         self._forget_device(device_id)
 
+    async def resize_disk(self, device_id: str, size: int) -> None:
+        await self._hot.resize_disk(device_id, size)
+
     async def resize_vcpus(self, count: int) -> int:
         if not 1 <= count <= max(self.config.vcpus, self.config.max_vcpus):
             raise VmmConfigError(
@@ -250,7 +254,7 @@ class Qemu(Hypervisor):
         return await self._hot.resize_vcpus(count, shrink=self.capabilities.vcpu_unplug)
 
     async def resize_memory(self, mib: int) -> int:
-        return await self._hot.resize_memory(mib)
+        return await self._hot.resize_memory(mib, self._layout.take_bridge_slot)
 
     # -- snapshots ----------------------------------------------------------
 
@@ -490,8 +494,12 @@ class Qemu(Hypervisor):
         hot = self._hot
         if devices.SCSI_ID not in self._device_ids:
             self._device_ids.add(devices.SCSI_ID)
-            place = self._layout.take_bridge_slot(devices.SCSI_ID)
-            await hot.plug(devices.SCSI_ID, devices.scsi_controller(place))
+            try:
+                place = self._layout.take_bridge_slot(devices.SCSI_ID)
+                await hot.plug(devices.SCSI_ID, devices.scsi_controller(place))
+            except BaseException:
+                self._forget_device(devices.SCSI_ID)
+                raise
         if "" not in self._scsi_disks:
             self._scsi_disks.append("")
         index = self._scsi_disks.index("")

@@ -3,21 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import trio
 
-from vmm.errors import CapacityError, UnsupportedError, VmmConfigError, VmmError
+from vmm.errors import UnsupportedError, VmmConfigError, VmmError
 from vmm.hypervisor import VmConfig
-from vmm.qemu import memory, pci
+from vmm.qemu import pci
 from vmm.qemu.devices import Parts
+from vmm.qemu.hot_memory import PLUG_TIMEOUT, HotMemory
 from vmm.qemu.qmp import Event
 from vmm.qemu.qmp_client import QmpClient, QmpError
 
 UNPLUG_TIMEOUT = 10.0
 """Seconds the guest has to let a device go."""
-PLUG_TIMEOUT = 30.0
-"""Seconds QEMU has to realise a device; it waits for a vhost-user backend's answers there."""
 
 
 def fd_name(fd: int) -> str:
@@ -30,19 +30,20 @@ class Plugger:
 
     def __init__(self, qmp: QmpClient, config: VmConfig) -> None:
         self._qmp = qmp
-        self._config = config
         self._lock = trio.Lock()
         self._plugged: dict[str, Parts] = {}
         self._unplugging: dict[str, _Unplug] = {}
-        self.memory_mib = config.memory_mib
-        self._dimms = 0
+        self._memory = HotMemory(qmp, config)
 
     def register(self, device_id: str, parts: Parts) -> None:
         """A device that is there since the boot."""
         self._plugged[device_id] = parts
 
     def on_event(self, event: Event) -> None:
-        """Wake whoever waits for an unplug to end."""
+        """Wake whoever waits for an unplug to end, or note what the guest did with memory."""
+        if event.name == "MEMORY_DEVICE_SIZE_CHANGE":
+            self._memory.on_event(event)
+            return
         unplug = self._unplugging.get(str(event.data.get("device", "")))
         if unplug is None:
             return
@@ -91,6 +92,17 @@ class Plugger:
             del self._plugged[device_id]
             await self._take_back(_undo_of(parts))
 
+    async def resize_disk(self, device_id: str, size: int) -> None:
+        """Raises:
+        VmmConfigError: no such disk.
+        """
+        async with self._lock:
+            parts = self._plugged.get(device_id)
+            if parts is None or "drive" not in parts.device:
+                raise VmmConfigError(f"there is no disk {device_id!r} in this VM")
+            arguments = {"node-name": parts.device["drive"], "size": size}
+            await self._qmp.execute("block_resize", arguments)
+
     async def resize_vcpus(self, count: int, *, shrink: bool) -> int:
         """Plug or (if `shrink`) unplug vCPUs, those of the boot excepted; returns how many
         there are then."""
@@ -114,36 +126,15 @@ class Plugger:
                 now -= 1
             return now
 
-    async def resize_memory(self, mib: int) -> int:
+    async def resize_memory(self, mib: int, take_place: Callable[[str], pci.PciSlot]) -> int:
+        """See `HotMemory.resize`."""
         async with self._lock:
-            more = memory.growth(self.memory_mib, mib)
-            if more == 0:
-                return self.memory_mib
-            most = self._config.max_memory_mib
-            if not memory.can_grow(self._config) or self.memory_mib + more > most:
-                raise CapacityError(f"{mib} MiB of memory asked for, this VM ends at {most} MiB")
-            if self._dimms >= self._config.memory_slots:
-                raise CapacityError(
-                    f"no memory slot left: all {self._config.memory_slots} are taken"
-                )
-            await self._add_dimm(more)
-            return self.memory_mib
+            return await self._memory.resize(mib, take_place)
 
-    async def _add_dimm(self, mib: int) -> None:
-        name = f"{memory.DIMM_ID_PREFIX}{self._dimms}"
-        backend = f"mem{self._dimms}"
-        await self._qmp.execute("object-add", memory.backend(backend, mib, self._config))
-        try:
-            await self._qmp.execute(
-                "device_add",
-                {"driver": "pc-dimm", "id": name, "memdev": backend},
-                timeout=PLUG_TIMEOUT,
-            )
-        except VmmError:
-            await self._qmp.execute("object-del", {"id": backend})
-            raise
-        self._dimms += 1
-        self.memory_mib += mib
+    @property
+    def memory_mib(self) -> int:
+        """What the guest has by now."""
+        return self._memory.size_mib
 
     async def _create(self, parts: Parts, undo: list[tuple[str, dict[str, Any]]]) -> None:
         for item in parts.objects:

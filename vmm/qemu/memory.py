@@ -39,7 +39,14 @@ def check(config: VmConfig) -> None:
 
 
 def can_grow(config: VmConfig) -> bool:
+    if config.virtio_mem:
+        return virtio_mem_mib(config) > 0
     return config.memory_slots > 0 and config.max_memory_mib > config.memory_mib
+
+
+def virtio_mem_mib(config: VmConfig) -> int:
+    """How large a virtio-mem device for all that may be added is: whole memory blocks."""
+    return max(0, config.max_memory_mib - config.memory_mib) // BLOCK_MIB * BLOCK_MIB
 
 
 def backend(
