@@ -13,6 +13,7 @@ import trio
 from shimv2 import log as shim_log
 from shimv2.api import sandbox_pb2, task_v2_pb2, task_v3_pb2
 from shimv2.events import EventPublisher
+from shimv2.management import listener as management
 from shimv2.namespaces import enter_own_mount_namespace
 from shimv2.sandbox import Sandbox, SandboxSettings
 from shimv2.sandbox_service import SandboxService
@@ -88,6 +89,7 @@ async def _main(
             trio_listener = trio.SocketListener(trio.socket.from_stdlib_socket(listener.dup()))
             await nursery.start(server.serve_listeners, [trio_listener])
             nursery.start_soon(_shut_down_on_signal, sandbox)
+            nursery.start_soon(management.serve, sandbox)
             sandbox.start_early()
             await sandbox.wait_shutdown()
             await sandbox.stop()

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from shimv2.config import Config, ConfigError, load_config, locate
 from shimv2.version import VERSION
@@ -22,6 +23,7 @@ examples:
   kata-runtime list                   sandboxes on this host
   kata-runtime factory status         saved VMs that sandboxes are cloned from
   kata-runtime exec 4f2a              a root shell in the guest whose sandbox id starts so
+  kata-runtime metrics 4f2a           its figures, as Prometheus reads them
 """
 
 
@@ -42,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "env": _env,
         "exec": _exec,
         "factory": _factory,
+        "iptables": _iptables,
         "list": _list,
+        "metrics": _metrics,
         "version": _version,
     }
     try:
@@ -120,9 +124,26 @@ def _parser() -> argparse.ArgumentParser:
         choices=("init", "status", "destroy"),
         help="make the template of this configuration; list all; end makers and remove all",
     )
+    _add_management(commands)
     add_boot_report(commands)
     commands.add_parser("version", help="as --version")
     return parser
+
+
+def _add_management(commands: Any) -> None:
+    """The commands that ask a sandbox's shim."""
+    metrics = commands.add_parser("metrics", help="a sandbox's figures, in Prometheus' text format")
+    metrics.add_argument("sandbox", metavar="SANDBOX", help="its id, or the start of it")
+    firewall = commands.add_parser("iptables", help="the packet filter of a sandbox's guest")
+    actions = firewall.add_subparsers(dest="action", metavar="ACTION", required=True)
+    get = actions.add_parser("get", help="print its rules, as iptables-save does")
+    put = actions.add_parser("set", help="replace its rules, as iptables-restore does")
+    for action in (get, put):
+        action.add_argument(
+            "--sandbox-id", required=True, metavar="SANDBOX", help="its id, or the start of it"
+        )
+        action.add_argument("--v6", action="store_true", help="those of ip6tables")
+    put.add_argument("file", metavar="FILE", help="rules; - is standard input")
 
 
 def _port(text: str) -> int:
@@ -249,4 +270,34 @@ def _exec(options: argparse.Namespace) -> int:
         return _fail(str(error))
     with stream:
         attach(stream, first)
+    return 0
+
+
+def _metrics(options: argparse.Namespace) -> int:
+    return _ask(options.sandbox, "GET", "/metrics")
+
+
+def _iptables(options: argparse.Namespace) -> int:
+    target = "/ip6tables" if options.v6 else "/iptables"
+    if options.action == "get":
+        return _ask(options.sandbox_id, "GET", target)
+    try:
+        rules = sys.stdin.buffer.read() if options.file == "-" else Path(options.file).read_bytes()
+    except OSError as error:
+        return _fail(f"{options.file}: {error.strerror}")
+    return _ask(options.sandbox_id, "PUT", target, rules)
+
+
+def _ask(sandbox: str, method: str, target: str, body: bytes | None = None) -> int:
+    """Print what the sandbox's shim answers."""
+    from .management import ManagementError, ask
+    from .sandboxes import NoSuchSandboxError, find
+
+    try:
+        answer = ask(find(sandbox), method, target, body)
+    except (ManagementError, NoSuchSandboxError) as error:
+        return _fail(str(error))
+    sys.stdout.flush()
+    sys.stdout.buffer.write(answer)
+    sys.stdout.flush()
     return 0
