@@ -70,6 +70,20 @@ class Apt:
         (found,) = folder.glob(pattern)
         return found
 
+    def source(self, package: str, folder: Path) -> Path:
+        """Download the upstream tarball of a source package into an empty folder.
+
+        The archive must be one with its sources.
+
+        Raises:
+            BuildError: There is none, or it is not what the signed lists say.
+        """
+        sandbox = ["-o", "APT::Sandbox::User=root"]
+        words = ["source", "--download-only", "--tar-only", "-q", package]
+        run(["apt-get", *self._options(), *sandbox, *words], cwd=folder)
+        (found,) = folder.glob("*.orig.tar.*")
+        return found
+
     def _options(self) -> list[str]:
         settings = {
             "Dir::State": self._state,

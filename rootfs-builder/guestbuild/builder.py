@@ -65,6 +65,7 @@ class Builder:
         base = root.build(
             *(self._description, self._archive, self._cache, self._progress),
             refresh=self._options.refresh,
+            jobs=self._jobs,
         )
         inputs = {
             "root": base.packages(),
@@ -98,8 +99,11 @@ class Builder:
         candidate = self._candidate(apt, name)
         if self._options.kernel == "debian":
             return take(wanted, apt, candidate, self._cache, self._progress)
-        jobs = self._options.jobs or kernel.default_jobs()
-        return kernel.build(wanted, apt, candidate, self._cache, self._progress, jobs)
+        return kernel.build(wanted, apt, candidate, self._cache, self._progress, self._jobs)
+
+    @property
+    def _jobs(self) -> int:
+        return self._options.jobs or kernel.default_jobs()
 
     def _candidate(self, apt: Apt, package: str) -> Candidate:
         """The package's version as first looked up; looked up again only by `--refresh`."""

@@ -28,6 +28,29 @@ class ExtraFile:
 
 
 @dataclasses.dataclass(frozen=True)
+class StaticProgram:
+    """A program built static from a Debian source package."""
+
+    source: str
+    version: str
+    sha256: str  # of the .orig tarball
+    target: str
+    file: str  # the program in the source tree, once built
+    packages: tuple[str, ...] = ()
+    configure: tuple[str, ...] = ()
+    make: tuple[str, ...] = ()
+    objects: int = 100  # what 100 % of the progress is
+
+    @property
+    def name(self) -> str:
+        return self.target.rpartition("/")[2]
+
+    def as_list(self) -> list[object]:
+        """All that its bytes depend on."""
+        return [self.source, self.sha256, self.file, self.packages, self.configure, self.make]
+
+
+@dataclasses.dataclass(frozen=True)
 class Agent:
     """Where the agent's packages lie and which function is PID 1."""
 
@@ -69,6 +92,7 @@ class Description:
     components: tuple[str, ...] = ("main",)
     mirror: str | None = None
     security_mirror: str | None = None
+    static: tuple[StaticProgram, ...] = ()
     wheels: tuple[str, ...] = ()
     drop_needed: tuple[tuple[str, str], ...] = ()
     files: tuple[ExtraFile, ...] = ()
@@ -116,6 +140,7 @@ class _Reader:
             components=self._texts(top.get("components", ["main"]), "components"),
             mirror=self._optional(top.get("mirror"), "mirror"),
             security_mirror=self._optional(top.get("security_mirror"), "security_mirror"),
+            static=tuple(self._static(top.get("static", []))),
             wheels=self._texts(top.get("wheels", []), "wheels"),
             drop_needed=tuple(
                 (self._guest_path(path, "drop_needed"), self._text(name, f"drop_needed.{path}"))
@@ -134,6 +159,33 @@ class _Reader:
             kernel=self._kernel(top.get("kernel", {})),
             image=self._image(top.get("image", {})),
         )
+
+    def _static(self, data: object) -> list[StaticProgram]:
+        if not isinstance(data, list):
+            self._fail("static", "must be a list")
+        result = []
+        for entry in data:
+            found = self._mapping(entry, "static", StaticProgram)
+            sha256 = self._text(found.get("sha256"), "static.sha256")
+            if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+                self._fail("static.sha256", f"{sha256!r} is not 64 hex digits")
+            objects = found.get("objects", StaticProgram.objects)
+            if not isinstance(objects, int) or objects < 1:
+                self._fail("static.objects", f"must be a number above 0, not {objects!r}")
+            result.append(
+                StaticProgram(
+                    source=self._text(found.get("source"), "static.source"),
+                    version=self._text(found.get("version"), "static.version"),
+                    sha256=sha256,
+                    target=self._guest_path(found.get("target"), "static.target"),
+                    file=self._text(found.get("file"), "static.file"),
+                    packages=self._texts(found.get("packages", []), "static.packages"),
+                    configure=self._texts(found.get("configure", []), "static.configure"),
+                    make=self._texts(found.get("make", []), "static.make"),
+                    objects=objects,
+                )
+            )
+        return result
 
     def _agent(self, data: object) -> Agent:
         found = self._mapping(data, "agent", Agent)

@@ -8,7 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
-from guestbuild import digest, elf, tree, wheel
+from guestbuild import digest, elf, static_program, tree, wheel
 from guestbuild.apt import acquire_options
 from guestbuild.command import run
 from guestbuild.description import Description
@@ -29,7 +29,8 @@ class Root:
         self._record = folder / "packages.json"
 
     def packages(self) -> dict[str, str]:
-        """Versions of what is in it, by package name (wheels as `pypi:NAME`)."""
+        """Versions of what is in it, by package name (wheels as `pypi:NAME`, static programs
+        as `static:NAME`)."""
         found: dict[str, str] = json.loads(self._record.read_text())
         return found
 
@@ -78,14 +79,25 @@ def compile_tree(root: Path, folder: str) -> None:
 
 
 def build(
-    description: Description, archive: Archive, cache: Path, progress: Progress, *, refresh: bool
+    description: Description,
+    archive: Archive,
+    cache: Path,
+    progress: Progress,
+    *,
+    refresh: bool,
+    jobs: int,
 ) -> Root:
     """The base root of a description; from the cache if it is there."""
+    programs = [
+        (program, static_program.build(program, archive, cache, progress, jobs))
+        for program in description.static
+    ]
     key = digest.of_value(
         [
             *(archive.lines, description.packages, description.wheels, description.directories),
             *(description.symlinks, description.remove, description.keep, description.drop_needed),
             description.applets,
+            [(program.target, digest.of_file(path)) for program, path in programs],
             digest.of_builder("root", "tree", "wheel", "elf"),
         ]
     )
@@ -120,6 +132,11 @@ def build(
             place.parent.mkdir(parents=True, exist_ok=True)
             place.unlink(missing_ok=True)
             place.symlink_to(target)
+        for program, path in programs:
+            place = tree.inside(fresh.tree, program.target)
+            shutil.copyfile(path, place)
+            place.chmod(0o755)
+            packages[f"static:{program.source}"] = program.version
         if description.applets is not None:
             _link_applets(fresh.tree, description.applets)
         # The loader's index of libraries; without it each start of a program looks for them.

@@ -47,6 +47,11 @@ class Archive:
     suite: str
     lines: tuple[str, ...]
 
+    def with_sources(self) -> Archive:
+        """The same with its source packages."""
+        sources = (line.replace("deb ", "deb-src ", 1) for line in self.lines)
+        return Archive(self.suite, (*self.lines, *sources))
+
 
 def parse_list(text: str) -> Iterable[Entry]:
     """Entries of the one-line format (`deb [options] URI SUITE COMPONENTS`)."""

@@ -33,6 +33,13 @@ def test_the_shipped_description_loads() -> None:
     assert all("--hash=sha256:" in wheel for wheel in guest.wheels)
 
 
+def test_static_programs_are_pinned() -> None:
+    (crun,) = description.load(FOLDER / "guest.yaml").static
+    assert crun.name == "crun"
+    assert {crun.source, crun.sha256} <= set(map(str, crun.as_list()))
+    assert "-all-static" in " ".join(crun.make)
+
+
 def test_defaults(tmp_path: Path) -> None:
     guest = description.load(write(tmp_path, MINIMAL))
     assert guest.packages == ("crun",)
@@ -67,6 +74,9 @@ def test_relative_paths_start_at_the_description(tmp_path: Path) -> None:
         ("packages: [crun]\nagent: {path: nowhere}", ["agent.path", "does not exist"]),
         ("packages: [crun]\nagent: {path: ., entry: main}", ["agent.entry", "MODULE:FUNCTION"]),
         (MINIMAL + "suite: 'x y'", ["suite"]),
+        (MINIMAL + "static: [{source: a, sha256: 12}]", ["static.sha256", "text"]),
+        (MINIMAL + "static: [{source: a, sha256: abc}]", ["static.sha256", "64 hex digits"]),
+        (MINIMAL + "static: [{sauce: a}]", ["static.sauce", "did you mean source?"]),
         (MINIMAL + "remove: [usr/share]", ["remove", "absolute"]),
         (MINIMAL + "remove: [/usr/../etc]", ["remove", ".."]),
         (MINIMAL + "image: {compression: rar}", ["image.compression", "lz4"]),

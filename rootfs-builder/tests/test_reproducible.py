@@ -47,7 +47,7 @@ def test_two_builds_from_nothing_give_the_same_bytes(tmp_path: Path) -> None:
     record = json.loads((first / RECORD).read_text())
     assert record["sha256"] == sha256(first / IMAGE)
     assert record["size"] == (first / IMAGE).stat().st_size <= 60_000_000
-    assert record["packages"]["crun"]
+    assert record["packages"]["static:crun"]
     assert record["protobuf"] == record["packages"]["pypi:protobuf"]
 
     # A second call takes the result that is there, and leaves no scratch files.
