@@ -31,7 +31,8 @@ TCG_BUFFER_MIB = 512
 BOOT_LIMIT = 240.0
 # With ERMS kernels copy by `rep movsb`, which TCG executes byte by byte; of XSAVE a nested guest's
 # kernel finds the sizes inconsistent, and without it Linux must not see what needs it.
-CPU = "max,-erms,-xsave,-avx,-avx2,-fma,-f16c,-vaes,-vpclmulqdq,+svm,+npt"
+# Four levels of page tables are fewer to walk, nested ones above all.
+CPU = "max,-la57,-erms,-xsave,-avx,-avx2,-fma,-f16c,-vaes,-vpclmulqdq,+svm,+npt"
 _KERNEL_PARAMETERS = (
     "root=/dev/vda rootfstype=ext4 console=ttyS0 loglevel=4 mitigations=off nokaslr "
     "systemd.show_status=false systemd.unified_cgroup_hierarchy=1 net.ifnames=0 "
@@ -211,9 +212,12 @@ class Lab:
     def _check(self, end: float, what: str) -> None:
         ended = self._process is not None and self._process.poll() is not None
         if ended or time.monotonic() > end:
-            text = self.console.read_text(errors="replace") if self.console.exists() else ""
-            tail = "\n  ".join(text.splitlines()[-25:])
-            raise LabError(f"the lab does not boot ({what}); its console:\n  {tail}")
+            raise LabError(f"the lab does not boot ({what}); its console:\n  {self._tail(25)}")
+
+    def _tail(self, count: int) -> str:
+        """The console's last lines."""
+        text = self.console.read_text(errors="replace") if self.console.exists() else ""
+        return "\n  ".join(text.splitlines()[-count:])
 
     def _start(
         self, argv: list[str], environment: dict[str, str], directory: str, *, terminal: bool
@@ -238,5 +242,7 @@ class Lab:
         except TimeoutError:
             return []
         if not data:
-            raise LabError("the lab machine has ended")
+            raise LabError(
+                f"the lab machine has ended; its console's last lines:\n  {self._tail(2)}"
+            )
         return list(self._reader.receive(data))

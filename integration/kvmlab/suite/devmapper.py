@@ -44,8 +44,21 @@ def pool(tmp_path: Path) -> Iterator[None]:
             stack.callback(subprocess.run, ["losetup", "-d", devices[-1]], check=True)
         table = f"0 {_DATA // _SECTOR} thin-pool {' '.join(devices)} {_BLOCK} 32768"
         subprocess.run(["dmsetup", "create", _POOL, "--table", table], check=True)
-        stack.callback(subprocess.run, ["dmsetup", "remove", "--retry", _POOL], check=True)
+        stack.callback(_remove, _POOL)
         yield
+        for name in mapped():
+            if name.startswith(f"{_POOL}-"):  # what containerd has of images
+                _remove(name)
+
+
+def mapped() -> list[str]:
+    """Names of device-mapper's devices."""
+    done = subprocess.run(["dmsetup", "ls"], check=True, capture_output=True, text=True)
+    return [line.split()[0] for line in done.stdout.splitlines()]
+
+
+def _remove(name: str) -> None:
+    subprocess.run(["dmsetup", "remove", "--retry", name], check=True)
 
 
 @pytest.fixture
@@ -53,16 +66,12 @@ def snapshotter(system: SystemContainerd, pool: None) -> Iterator[str]:
     with configured(system, CONTAINERD_CONFIG.read_text() + _CONFIG):
         system.ctr("images", "import", "--snapshotter", "devmapper", busybox_image())
         yield "devmapper"
-        for line in system.ctr("snapshots", "--snapshotter", "devmapper", "ls").stdout.splitlines():
-            if (name := line.split()[0]).startswith("sha256:"):
-                system.ctr("snapshots", "--snapshotter", "devmapper", "rm", name)
 
 
 def test_a_container_on_a_thin_volume(kata: Kata, snapshotter: str) -> None:
     flags = ("--snapshotter", snapshotter)
     container_id = kata.start("sleep", "1000", flags=flags)
-    devices = subprocess.run(["dmsetup", "ls"], check=True, capture_output=True, text=True).stdout
-    assert f"{_POOL}-snap-" in devices
+    assert any(name.startswith(f"{_POOL}-snap-") for name in mapped())
     script = "dd if=/dev/urandom of=/data bs=1M count=16 2>/dev/null; sync; sha256sum </data"
     written = kata.execute(container_id, "sh", "-c", script).stdout
     assert kata.execute(container_id, "sha256sum", "/data").stdout.split()[0] in written
