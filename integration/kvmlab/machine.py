@@ -241,6 +241,8 @@ class Lab:
             data = self._socket.recv(1 << 16)
         except TimeoutError:
             return []
+        except ConnectionResetError:  # it had something of ours unread
+            data = b""
         if not data:
             raise LabError(
                 f"the lab machine has ended; its console's last lines:\n  {self._tail(2)}"
