@@ -35,9 +35,10 @@ def workload(config: Config, spec: Spec) -> Demand | None:
     """
     if not config.runtime.static_sandbox_resource_mgmt:
         return None
-    if spec.kind is ContainerKind.SINGLE:
-        return demand_of(resources_of(spec))
-    return pod_demand(spec.annotations) or Demand()
+    demand = pod_demand(spec.annotations)  # also where the pod has no container of its own
+    if demand is None and spec.kind is ContainerKind.SINGLE:
+        demand = demand_of(resources_of(spec))
+    return demand or Demand()
 
 
 class Sizing:

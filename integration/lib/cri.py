@@ -28,6 +28,20 @@ from integration.lib.registry import Registry
 
 NAMESPACE = "k8s.io"
 
+HANDLERS = {
+    "kata": "",
+    "kata-static": "[runtime]\nstatic_sandbox_resource_mgmt = true\n",
+    "kata-elastic": """\
+[factory]
+enable_template = false
+[hypervisor.qemu]
+enable_virtio_mem = true
+reclaim_guest_freed_memory = true
+""",
+    "kata-alone": "[runtime]\nsandbox_cgroup_only = true\n",
+}
+"""Runtime classes of each node, and what their configuration overrules."""
+
 
 class CriNode(Crictl):
     """One node: a host network of its own, a containerd in it, its pods.
@@ -64,9 +78,8 @@ class CriNode(Crictl):
         directory = containerd.directory
         super().__init__(containerd, directory, directory / "state", self.host.launcher)
         installed = prefix / "share/defaults/kata-containers/configuration.toml"
-        self.containerd.extra_config = _cri_config(
-            self.directory, configuration or installed, sandboxer, sandbox_image
-        )
+        self._configuration = configuration or installed
+        self.containerd.extra_config = _cri_config(self.directory, sandboxer, sandbox_image)
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as stack:
@@ -74,6 +87,7 @@ class CriNode(Crictl):
             stack.callback(self.containerd.close)
             # As under systemd: what containerd mounts is seen in the shims' mount namespaces.
             stack.enter_context(_shared(self.directory))
+            self._write_handlers()
             (self.directory / "net.d").mkdir()
             (self.directory / "net.d" / "10-pods.conflist").write_text(
                 json.dumps(self._network(self.directory))
@@ -87,6 +101,16 @@ class CriNode(Crictl):
             self.wait_ready()
             self._stack = stack.pop_all()
         return self
+
+    def _write_handlers(self) -> None:
+        for name, changes in HANDLERS.items():
+            directory = self.directory / "handlers" / name
+            (directory / "config.d").mkdir(parents=True)
+            (directory / "config.d" / "handler.toml").write_text(changes)
+            file = directory / "configuration.toml"
+            file.write_text(self._configuration.read_text())
+            for drop_in in self._configuration.parent.glob("config.d/*.toml"):
+                (directory / "config.d" / drop_in.name).write_text(drop_in.read_text())
 
     def __exit__(
         self,
@@ -107,9 +131,8 @@ def _shared(directory: Path) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", directory], check=True)
 
 
-def _cri_config(directory: Path, configuration: Path, sandboxer: str, sandbox_image: str) -> str:
+def _cri_config(directory: Path, sandboxer: str, sandbox_image: str) -> str:
     plugin = 'plugins."io.containerd.grpc.v1.cri"'
-    runtime = f"{plugin}.containerd.runtimes.kata"
     # Only 2.x knows this key; 1.6 says so in its log and goes on.
     choice = f'  sandboxer = "{sandboxer}"\n' if sandboxer != "podsandbox" else ""
     return f"""\
@@ -126,10 +149,14 @@ def _cri_config(directory: Path, configuration: Path, sandboxer: str, sandbox_im
   conf_dir = "{directory}/net.d"
 [{plugin}.containerd]
   default_runtime_name = "kata"
-[{runtime}]
+""" + "".join(
+        f"""\
+[{plugin}.containerd.runtimes.{name}]
   runtime_type = "{RUNTIME}"
   pod_annotations = ["io.katacontainers.*"]
   privileged_without_host_devices = true
-{choice}[{runtime}.options]
-  ConfigPath = "{configuration}"
+{choice}[{plugin}.containerd.runtimes.{name}.options]
+  ConfigPath = "{directory}/handlers/{name}/configuration.toml"
 """
+        for name in HANDLERS
+    )
