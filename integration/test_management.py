@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from integration.lib.kata import Kata
 from shimv2.runtime_cli.management import ManagementError, ask
@@ -25,6 +27,7 @@ def test_management(kata: Kata, prefix: Path) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     _agent_url(container)
     _iptables(container, prefix / "bin/kata-runtime")
+    _metrics(kata, container, prefix / "bin/kata-runtime")
     for method, target, said in (
         ("GET", "/nothing", "there is no '/nothing' here"),
         ("DELETE", "/iptables", "takes GET, PUT"),
@@ -43,6 +46,45 @@ def _agent_url(container: str) -> None:
         hybrid.connect(path)
         hybrid.sendall(f"CONNECT {port}\n".encode())
         assert hybrid.recv(64).startswith(b"OK ")
+
+
+def _metrics(kata: Kata, container: str, kata_runtime: Path) -> None:
+    def scrape() -> dict[str, Metric]:
+        text = subprocess.run(
+            [kata_runtime, "metrics", container], capture_output=True, check=True, text=True
+        ).stdout
+        return {family.name: family for family in text_string_to_metric_families(text)}
+
+    def value(families: dict[str, Metric], family: str, **labels: str) -> float:
+        found = [s.value for s in families[family].samples if s.labels == labels]
+        assert len(found) == 1, (family, labels)
+        return found[0]
+
+    first = scrape()
+    kata.execute(container, "sh", "-c", "head -c 3000000 /dev/zero")
+    second = scrape()
+    for role, process in (("shim", "shim"), ("hypervisor", "vmm")):
+        status = Path(f"/proc/{kata.pid_of(container, process)}/status").read_text()
+        threads = int(status.partition("Threads:")[2].split()[0])
+        assert abs(value(second, f"kata_{role}_threads") - threads) <= 2
+        assert value(second, f"kata_{role}_proc_status", item="vmrss") > 10 << 20
+    assert value(second, "kata_virtiofsd_fds") > 5
+    assert value(second, "kata_guest_meminfo", item="mem_total") > 100 << 20
+    assert value(second, "kata_hypervisor_netdev", interface="lo", item="recv_bytes") == 0
+    assert "kata_shim_pod_overhead_cpu" not in first  # it is that between two scrapes
+    assert 0 <= value(second, "kata_shim_pod_overhead_cpu") <= 250
+    assert value(second, "kata_shim_pod_overhead_memory_in_bytes") > 50 << 20
+    moved = [value(f, "kata_shim_vsock_bytes", direction="from_guest") for f in (first, second)]
+    assert 3_000_000 <= moved[1] - moved[0] < 3_200_000
+    assert value(second, "kata_agent_scrape_count") == value(first, "kata_agent_scrape_count") + 1
+    calls = second["kata_shim_rpc_durations_histogram_milliseconds"]
+    counts = {s.labels["action"]: s.value for s in calls.samples if s.name.endswith("_count")}
+    assert counts["create"] == counts["exec"] == 1
+    assert counts["start"] == 2
+    agent = second["kata_shim_agent_rpc_durations_histogram_milliseconds"]
+    assert "grpc.CreateContainerRequest" in {s.labels["action"] for s in agent.samples}
+    phases = second["kata_shim_boot_phase_milliseconds"]
+    assert {"shim", "agent", "create"} <= {s.labels["phase"] for s in phases.samples}
 
 
 def _iptables(container: str, kata_runtime: Path) -> None:

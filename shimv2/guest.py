@@ -22,6 +22,7 @@ from google.protobuf.message import Message
 from agent.api import agent_pb2, health_pb2
 from shimv2.config import Config
 from shimv2.machine import Machine, concurrently, own_nursery
+from shimv2.metrics.durations import Durations
 from shimv2.resources import Size
 from shimv2.state import vm_dir
 from shimv2.stats import add_stats
@@ -74,6 +75,9 @@ class Guest:
         timeline: gets a mark at each phase of the boot.
         on_process: called with (name, pid) for each helper as soon as it runs.
         pooled, fixed: see `Machine`.
+
+    Attributes:
+        durations: of the calls to the agent, by the types of their requests.
     """
 
     def __init__(
@@ -105,6 +109,7 @@ class Guest:
         self._lost = trio.Event()
         self._lost_reason = ""
         self._raw_streams = True
+        self.durations = Durations()
 
     async def __aenter__(self) -> Self:
         self._nursery = await self._stack.enter_async_context(own_nursery())
@@ -271,7 +276,8 @@ class Guest:
         if self._lost.is_set():
             raise RpcError(Code.UNAVAILABLE, f"the guest is lost: {self._lost_reason}")
         try:
-            return await getattr(self._client.stub(_AGENT), method)(request, timeout=limit)
+            with self.durations.of(request.DESCRIPTOR.full_name):
+                return await getattr(self._client.stub(_AGENT), method)(request, timeout=limit)
         except RpcError as error:
             raise RpcError(error.code, _clipped(error.message)) from None
 
@@ -411,6 +417,11 @@ class Guest:
         if isinstance(device, VsockDevice) and device.vhost_fd is not None:
             return f"vsock://{device.cid}:{AGENT_PORT}"
         return f"hvsock://{vm_dir(self._id)}/hybrid.sock:{AGENT_PORT}"
+
+    @property
+    def vsock_bytes(self) -> tuple[int, int] | None:
+        """Payload to the guest and from it, where the vsock device is one that can tell."""
+        return self._machine.channel.payload
 
     async def facts(self) -> dict[str, str]:
         """About the VM, for SandboxStatus and for people."""

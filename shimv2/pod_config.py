@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from shimv2 import spec as oci
 from shimv2.api import cri_pb2
 from shimv2.resources import pod_annotations
 
+# containerd's annotations, and CRI-O's.
+_POD_ANNOTATIONS = {
+    "name": ("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"),
+    "namespace": ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"),
+    "uid": ("io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"),
+}
 _HOST_RESOLV_CONF = Path("/etc/resolv.conf")
 
 
@@ -36,6 +43,9 @@ def sandbox_spec(bundle: Path, request: Any) -> oci.Spec:
     if pod is not None:
         if pod.linux.HasField("resources"):
             document["annotations"] |= pod_annotations(pod.linux.resources)
+        document["annotations"] |= {
+            _POD_ANNOTATIONS[what][0]: getattr(pod.metadata, what) for what in _POD_ANNOTATIONS
+        }
         document["hostname"] = pod.hostname or document.get("hostname") or ""
         if pod.linux.cgroup_parent:
             linux["cgroupsPath"] = _cgroups_path(pod.linux.cgroup_parent, request.sandbox_id)
@@ -45,6 +55,16 @@ def sandbox_spec(bundle: Path, request: Any) -> oci.Spec:
         linux["namespaces"] = [*others, {"type": "network", "path": request.netns_path}]
     document["linux"] = linux
     return oci.Spec(document, bundle)
+
+
+def pod_of(annotations: Mapping[str, str]) -> dict[str, str]:
+    """What Kubernetes calls a pod: ``name``, ``namespace``, ``uid``, as far as it is known."""
+    return {
+        what: annotations[key]
+        for what, keys in _POD_ANNOTATIONS.items()
+        for key in keys
+        if annotations.get(key)
+    }
 
 
 def resolver_lines(request: Any) -> list[str]:

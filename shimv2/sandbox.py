@@ -28,6 +28,7 @@ from shimv2.container import Container
 from shimv2.events import EventPublisher
 from shimv2.guest import Guest
 from shimv2.life import Life, Origin
+from shimv2.metrics.durations import Durations
 from shimv2.network.traces import Trace
 from shimv2.pause import PauseContainer
 from shimv2.process import LOST_STATUS, Process
@@ -68,6 +69,7 @@ class Sandbox:
     Attributes:
         created_at, exited_at: nanoseconds since the epoch, 0 if not yet.
         exit_status: of the sandbox as a whole: 0, or 255 if its guest was lost.
+        calls: how long those of the Task API took.
     """
 
     def __init__(self, settings: SandboxSettings, events: EventPublisher, timeline: Timeline):
@@ -80,6 +82,7 @@ class Sandbox:
         self.created_at = 0
         self.exited_at = 0
         self.exit_status = 0
+        self.calls = Durations()
         self.pid = 0
         self.nursery: trio.Nursery
         self._nursery_manager: Any = None
@@ -138,6 +141,7 @@ class Sandbox:
         path, _ = config_path_of(options)
         config = load_config(Path(path) if path else None)
         config = apply_annotations(config, spec.annotations)
+        self._record.pod = pod_config.pod_of(spec.annotations)
         if vm_dir(self.id) == Path(config.factory.template_path):  # Kata's place for templates
             raise RpcError(
                 Code.INVALID_ARGUMENT,
@@ -220,6 +224,11 @@ class Sandbox:
             self.pid = pid
         self._record.add_process(name, pid)
         self._record.save()
+
+    @property
+    def processes(self) -> dict[str, int]:
+        """Pids of the shim and of its helpers, by their names in the record."""
+        return {name: pid for name, (pid, _) in self._record.processes.items()}
 
     def remember_cgroups(self, paths: list[str]) -> None:
         """Cgroups to remove at the end, innermost first."""

@@ -63,6 +63,7 @@ class SandboxRecord:
         processes: name → (pid, start time) of the shim and each helper.
         cgroups: directories to remove at the end, innermost first.
         netns: path and inode of the pod's network namespace.
+        pod: name, namespace and uid in Kubernetes, by these words; empty outside of it.
         traces: what of us stands in there, as in `shimv2.network.traces.Trace`.
     """
 
@@ -74,6 +75,7 @@ class SandboxRecord:
         self.processes: dict[str, tuple[int, int]] = {}
         self.cgroups: list[str] = []
         self.netns: tuple[str, int] = ("", 0)
+        self.pod: dict[str, str] = {}
         self.traces: list[tuple[str, int, str]] = []
 
     @property
@@ -103,8 +105,9 @@ class SandboxRecord:
             record.cgroups = [str(path) for path in data["cgroups"]]
             path, inode = data["netns"]
             record.netns = str(path), int(inode)
+            record.pod = {str(k): str(v) for k, v in data["pod"].items()}
             record.traces = [(str(k), int(i), str(n)) for k, i, n in data["traces"]]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return record
 

@@ -13,7 +13,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14shimv2/api/cri.proto\x12\nruntime.v1\"\x81\x01\n\x10PodSandboxConfig\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12)\n\ndns_config\x18\x04 \x01(\x0b\x32\x15.runtime.v1.DNSConfig\x12\x30\n\x05linux\x18\x08 \x01(\x0b\x32!.runtime.v1.LinuxPodSandboxConfig\"?\n\tDNSConfig\x12\x0f\n\x07servers\x18\x01 \x03(\t\x12\x10\n\x08searches\x18\x02 \x03(\t\x12\x0f\n\x07options\x18\x03 \x03(\t\"\xd7\x01\n\x15LinuxPodSandboxConfig\x12\x15\n\rcgroup_parent\x18\x01 \x01(\t\x12?\n\x07sysctls\x18\x03 \x03(\x0b\x32..runtime.v1.LinuxPodSandboxConfig.SysctlsEntry\x12\x36\n\tresources\x18\x05 \x01(\x0b\x32#.runtime.v1.LinuxContainerResources\x1a.\n\x0cSysctlsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"s\n\x17LinuxContainerResources\x12\x12\n\ncpu_period\x18\x01 \x01(\x03\x12\x11\n\tcpu_quota\x18\x02 \x01(\x03\x12\x12\n\ncpu_shares\x18\x03 \x01(\x03\x12\x1d\n\x15memory_limit_in_bytes\x18\x04 \x01(\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14shimv2/api/cri.proto\x12\nruntime.v1\"\xb3\x01\n\x10PodSandboxConfig\x12\x30\n\x08metadata\x18\x01 \x01(\x0b\x32\x1e.runtime.v1.PodSandboxMetadata\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12)\n\ndns_config\x18\x04 \x01(\x0b\x32\x15.runtime.v1.DNSConfig\x12\x30\n\x05linux\x18\x08 \x01(\x0b\x32!.runtime.v1.LinuxPodSandboxConfig\"B\n\x12PodSandboxMetadata\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03uid\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\"?\n\tDNSConfig\x12\x0f\n\x07servers\x18\x01 \x03(\t\x12\x10\n\x08searches\x18\x02 \x03(\t\x12\x0f\n\x07options\x18\x03 \x03(\t\"\xd7\x01\n\x15LinuxPodSandboxConfig\x12\x15\n\rcgroup_parent\x18\x01 \x01(\t\x12?\n\x07sysctls\x18\x03 \x03(\x0b\x32..runtime.v1.LinuxPodSandboxConfig.SysctlsEntry\x12\x36\n\tresources\x18\x05 \x01(\x0b\x32#.runtime.v1.LinuxContainerResources\x1a.\n\x0cSysctlsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"s\n\x17LinuxContainerResources\x12\x12\n\ncpu_period\x18\x01 \x01(\x03\x12\x11\n\tcpu_quota\x18\x02 \x01(\x03\x12\x12\n\ncpu_shares\x18\x03 \x01(\x03\x12\x1d\n\x15memory_limit_in_bytes\x18\x04 \x01(\x03\x62\x06proto3')
 
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'shimv2.api.cri_pb2', globals())
@@ -23,13 +23,15 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _LINUXPODSANDBOXCONFIG_SYSCTLSENTRY._options = None
   _LINUXPODSANDBOXCONFIG_SYSCTLSENTRY._serialized_options = b'8\001'
   _PODSANDBOXCONFIG._serialized_start=37
-  _PODSANDBOXCONFIG._serialized_end=166
-  _DNSCONFIG._serialized_start=168
-  _DNSCONFIG._serialized_end=231
-  _LINUXPODSANDBOXCONFIG._serialized_start=234
-  _LINUXPODSANDBOXCONFIG._serialized_end=449
-  _LINUXPODSANDBOXCONFIG_SYSCTLSENTRY._serialized_start=403
-  _LINUXPODSANDBOXCONFIG_SYSCTLSENTRY._serialized_end=449
-  _LINUXCONTAINERRESOURCES._serialized_start=451
-  _LINUXCONTAINERRESOURCES._serialized_end=566
+  _PODSANDBOXCONFIG._serialized_end=216
+  _PODSANDBOXMETADATA._serialized_start=218
+  _PODSANDBOXMETADATA._serialized_end=284
+  _DNSCONFIG._serialized_start=286
+  _DNSCONFIG._serialized_end=349
+  _LINUXPODSANDBOXCONFIG._serialized_start=352
+  _LINUXPODSANDBOXCONFIG._serialized_end=567
+  _LINUXPODSANDBOXCONFIG_SYSCTLSENTRY._serialized_start=521
+  _LINUXPODSANDBOXCONFIG_SYSCTLSENTRY._serialized_end=567
+  _LINUXCONTAINERRESOURCES._serialized_start=569
+  _LINUXCONTAINERRESOURCES._serialized_end=684
 # @@protoc_insertion_point(module_scope)

@@ -7,7 +7,8 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from agent.api import agent_pb2
-from shimv2.management.http import HttpError, Request, Response
+from shimv2.management.http import EXPOSITION, HttpError, Request, Response
+from shimv2.metrics.sandbox import page_of
 
 if TYPE_CHECKING:
     from shimv2.guest import Guest
@@ -23,6 +24,11 @@ async def running(sandbox: Sandbox) -> Guest:
     if not sandbox.is_running:
         raise HttpError(HTTPStatus.SERVICE_UNAVAILABLE, f"sandbox {sandbox.id} is not running")
     return await sandbox.guest()
+
+
+async def metrics(sandbox: Sandbox, _: Request) -> Response:
+    """GET /metrics: also of a sandbox whose guest is not there, or does not answer."""
+    return Response(str(await page_of(sandbox)), content_type=EXPOSITION)
 
 
 async def agent_url(sandbox: Sandbox, _: Request) -> Response:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Handler = Callable[["Sandbox", Request], Awaitable[Response]]
 
 ROUTES: dict[str, dict[str, Handler]] = {
+    "/metrics": {"GET": guest.metrics},
     "/agent-url": {"GET": guest.agent_url},
     "/iptables": {"GET": guest.get_iptables, "PUT": guest.set_iptables},
     "/ip6tables": {"GET": guest.get_iptables, "PUT": guest.set_iptables},

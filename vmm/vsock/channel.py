@@ -94,6 +94,11 @@ class VsockChannel(abc.ABC):
     def device(self) -> VsockDevice | SerialDevice:
         """What to give to `Hypervisor.add_device`."""
 
+    @property
+    def payload(self) -> tuple[int, int] | None:
+        """Bytes that went to the guest and came from it, by kinds that see them."""
+        return None
+
     @abc.abstractmethod
     async def _connect(self, port: int) -> VsockConnection:
         """One attempt; raises VsockRefused."""

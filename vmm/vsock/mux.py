@@ -75,6 +75,9 @@ class Mux:
         self._owed = table.owed
         self._replies: deque[bytes] = deque()
         self._touched: dict[Link, None] = {}
+        #: bytes of payload, ever
+        self.to_guest = 0
+        self.from_guest = 0
         #: bytes moved since the counter was last reset by whoever reads it
         self.moved = 0
 
@@ -287,6 +290,7 @@ class Mux:
             length = 0
         outcome = connection.receive(op, flags, length, buf_alloc, fwd_cnt)
         if outcome is Outcome.DATA:
+            self.from_guest += length
             link.segments += segments
             self._touched[link] = None
             if len(link.segments) >= MAX_SEGMENTS:
@@ -472,6 +476,7 @@ class Mux:
                 connection.shutdown(wire.SHUTDOWN_SEND)
                 self._owed[link] = None
             return 0
+        self.to_guest += count
         cost = count
         used = 0
         for chain, room in chains:

@@ -92,6 +92,10 @@ class VhostUserChannel(VsockChannel):
         return VsockDevice(id="vsock0", cid=self._cid, socket=self._path)
 
     @property
+    def payload(self) -> tuple[int, int]:
+        return self._mux.to_guest, self._mux.from_guest
+
+    @property
     def driver_up(self) -> bool:
         """The guest's vsock driver runs."""
         return self._mux.ready

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long calls took, in the buckets of Kata's histograms."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import Any
+
+#: Upper bounds in milliseconds.
+BUCKETS = tuple(1 << power for power in range(10))
+
+
+class Durations:
+    """A histogram for each action.
+
+    Attributes:
+        counts: action → calls in each bucket, the last one without a bound.
+        sums: action → milliseconds of all.
+    """
+
+    def __init__(self, buckets: tuple[int, ...] = BUCKETS) -> None:
+        self.buckets = buckets
+        self.counts: dict[str, list[int]] = {}
+        self.sums: dict[str, float] = {}
+
+    def add(self, action: str, seconds: float) -> None:
+        milliseconds = seconds * 1000
+        counts = self.counts.get(action)
+        if counts is None:
+            counts = self.counts[action] = [0] * (len(self.buckets) + 1)
+            self.sums[action] = 0.0
+        counts[bisect_left(self.buckets, milliseconds)] += 1
+        self.sums[action] += milliseconds
+
+    @contextlib.contextmanager
+    def of(self, action: str) -> Iterator[None]:
+        """Counts its block, however that ends."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(action, time.monotonic() - began)
+
+
+class Timed:
+    """A ttrpc service of which each call is counted, its method's name as Kata spells it.
+
+    Args:
+        service: has a coroutine function for each method.
+    """
+
+    def __init__(self, service: object, durations: Durations) -> None:
+        self._service = service
+        self._durations = durations
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._service, name)
+        action = snake_case(name)
+
+        async def timed(*args: Any) -> Any:
+            with self._durations.of(action):
+                return await method(*args)
+
+        return timed
+
+
+def snake_case(name: str) -> str:
+    """``ResizePty`` as ``resize_pty``, ``CloseIO`` as ``close_io``."""
+    letters: list[str] = []
+    for before, letter in zip(" " + name, name, strict=False):
+        if letter.isupper() and before.islower():
+            letters.append("_")
+        letters.append(letter.lower())
+    return "".join(letters)
