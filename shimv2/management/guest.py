@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a guest can be asked through its sandbox's socket: where its agent is, its firewall."""
+"""What can be asked through a sandbox's socket: its figures, where its agent is, its firewall."""
 
 from __future__ import annotations
 
