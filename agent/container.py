@@ -151,6 +151,7 @@ class Container:
     def remove(self) -> Generator[Any, Any, None]:
         """Kill what runs, and forget the container, its cgroup and its storages."""
         yield from self._crun("delete", "--force", self.id)
+        yield from self._sandbox.storages.flush(self.storages)
         self.clean_up()
 
     def clean_up(self) -> None:

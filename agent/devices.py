@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from agent.waiting import Work
 
 DRIVERS = ("blk", "mmioblk", "scsi", "nvdimm")
+_THROTTLES = (
+    "ThrottleReadBpsDevice",
+    "ThrottleWriteBpsDevice",
+    "ThrottleReadIOPSDevice",
+    "ThrottleWriteIOPSDevice",
+)
 _ELSEWHERE = ("blk-ccw", "vfio-pci-gk", "vfio-pci", "vfio-ap", "vfio-ap-cold")
 
 
@@ -27,7 +33,7 @@ def attach_devices(
     sysfs: str = "/sys",
     dev: str = "/dev",
 ) -> Work[None]:
-    """Wait for every device, then rewrite linux.devices and linux.resources.devices of `spec`.
+    """Wait for every device, then rewrite linux.devices of `spec` and what names them.
 
     All are resolved before the first change, so that numbers of the host and the guest that
     happen to be equal are not taken for one another. Raises INVALID_ARGUMENT (unknown type,
@@ -56,6 +62,12 @@ def attach_devices(
                 )
             changes[old] = fresh
             entry.Type, entry.Major, entry.Minor = fresh
+    limits = spec.Linux.Resources.BlockIO
+    for name in _THROTTLES:
+        for limit in getattr(limits, name):
+            change = changes.get(("b", limit.Major, limit.Minor))
+            if change is not None:
+                _, limit.Major, limit.Minor = change
     for rule in spec.Linux.Resources.Devices:
         kinds = "bc" if rule.Type in ("", "a") else rule.Type
         for kind in kinds:

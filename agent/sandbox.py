@@ -73,6 +73,7 @@ class Sandbox:
         """Remove all containers and storages."""
         for container in list(self.containers.values()):
             yield from self.remove(container.id)
+        yield from self.storages.flush()
         for failure in self.storages.detach_all():
             log.warning("storage stays", error=failure)
 

@@ -12,7 +12,7 @@ import os
 import stat
 
 from agent import mounts, uevents
-from agent.waiting import Wait, breathe
+from agent.waiting import Command, Wait, breathe
 from ttrpc.errors import Code, RpcError
 
 TYPE_CHECKING = False
@@ -27,9 +27,14 @@ SHARE = "/run/kata-containers/shared/containers"
 BUNDLES = "/run/kata-containers"
 SHARE_TAG = "kataShared"
 
+# A further disk that a file system on several of them is told of, as its option `device=`.
+EXTRA_DEVICE = "io.katacontainers.volume.device"
 CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory"
 OVERLAY_RW = "io.katacontainers.fs-opt.overlay-rw"
 _NOT_FOR_THE_KERNEL = ("X-kata.", "io.katacontainers.")
+
+_DISKS = ("blk", "mmioblk", "scsi", "nvdimm")
+SYNC = "/usr/bin/sync"
 
 # Emptydirs outlive the containers that use them: a restarted one finds its files again.
 _FOR_THE_SANDBOX = ("ephemeral", "local")
@@ -156,6 +161,16 @@ class Storages:
             del self._entries[point]
             self._undo(point, entry)
 
+    def flush(self, points: Iterable[str] | None = None) -> Work[None]:
+        """Have what was written to disks on them, before they are detached; all disks for None.
+
+        In another process: it may take longer than the agent may be silent.
+        """
+        for point in list(self._entries) if points is None else points:
+            entry = self._entries.get(os.path.normpath(point))
+            if entry is not None and entry.driver in _DISKS and entry.mounted:
+                yield Command([SYNC, "-f", point])
+
     def detach_all(self) -> list[str]:
         """Unmount everything, last first. Returns what could not be, as texts to log."""
         failures = []
@@ -214,7 +229,7 @@ class Storages:
         driver = storage.driver
         if driver == "virtio-fs":
             yield from self._virtiofs(storage, point, entry)
-        elif driver in ("blk", "mmioblk", "scsi", "nvdimm"):
+        elif driver in _DISKS:
             if any(option.startswith("encryption_key=") for option in storage.driver_options):
                 raise RpcError(
                     Code.UNIMPLEMENTED, f"{driver} storage at {point}: encrypted volumes"
@@ -225,12 +240,19 @@ class Storages:
             yield from uevents.wait_for(
                 f"{node} to open", lambda: uevents.opens(node), self.timeout
             )
+            options = _kernel_options(storage.options)
             for option in storage.driver_options:
-                if option.startswith("create_filesystem"):
+                key, _, value = option.partition("=")
+                if key == "create_filesystem":
                     from agent.volumes import make_filesystem
 
                     yield from make_filesystem(node, storage.fstype)
-            self._plain(node, storage.fstype, _kernel_options(storage.options), point, entry)
+                elif key == EXTRA_DEVICE:
+                    extra = yield from uevents.wait_block_device(
+                        driver, value, self.timeout, self._sysfs, self._dev
+                    )
+                    options.append(f"device={extra}")
+            self._plain(node, storage.fstype, options, point, entry)
         elif driver == "overlayfs":
             self._overlay(storage, point, entry, container_id)
         elif driver == "ephemeral":

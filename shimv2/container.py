@@ -15,6 +15,7 @@ import trio
 
 from agent.api import agent_pb2, oci_pb2
 from shimv2.api import task_events_pb2, task_types_pb2
+from shimv2.container_files import ContainerFiles
 from shimv2.guest_spec import (
     guest_resources,
     guest_spec,
@@ -24,9 +25,7 @@ from shimv2.guest_spec import (
 )
 from shimv2.hooks import ContainerState, run_hooks
 from shimv2.process import LOST_STATUS, Process, State
-from shimv2.rootfs import Rootfs
 from shimv2.spec import HookKind, Spec, SpecError
-from shimv2.volumes import share_mounts
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError
 
@@ -71,7 +70,7 @@ class Container:
         self.lock = trio.Lock()
         self._sandbox = sandbox
         self._life: Life | None = None
-        self._rootfs: Rootfs | None = None
+        self._files: ContainerFiles | None = None
         self._in_guest = False  # or may be, for what we know
         self._hooks_ran = False
         self._deleted = False
@@ -86,14 +85,10 @@ class Container:
         """
         self._life = life
         self.spec.check_container()
-        target = self.spec.rootfs or Path(self.bundle, "rootfs")
-        self._rootfs = Rootfs(target)
-        self._rootfs.mount(mounts)
-        share = self._sandbox.share
-        root_path = share.add_rootfs(self.id, target)
-        shared = share_mounts(self.spec, share, self.id)
-        for reason in shared.skipped:
-            log.warning("mount left out: %s", reason)
+        files = self._files = ContainerFiles(
+            self._sandbox.share, self.spec, self.id, self.bundle, self._sandbox.id
+        )
+        files.mount(mounts, disks=not life.origin.config.hypervisor.disable_block_device_use)
         self._sandbox.timeline.mark("rootfs-shared")
         guest = await life.guest()
         await self._run_create_hooks()
@@ -102,8 +97,8 @@ class Container:
         try:
             converted = guest_spec(
                 self.spec,
-                root_path=str(root_path),
-                mounts=shared.mounts,
+                root_path=files.root_path,
+                mounts=files.mounts,
                 seccomp=not life.origin.config.runtime.disable_guest_seccomp,
             )
             _complete(converted.message, life.origin)
@@ -111,12 +106,15 @@ class Container:
                 await life.sizing.add(self.id, resources_of(self.spec))
             if converted.lost:
                 log.warning("not carried to the guest: %s", ", ".join(converted.lost))
+            if life.drives is not None:
+                await files.plug(life.drives, converted.message)
             limit = life.origin.config.runtime.create_container_timeout or _CREATE_LIMIT
             request = agent_pb2.CreateContainerRequest(
                 container_id=self.id,
                 exec_id=self.id,
                 OCI=converted.message,
-                storages=shared.storages,
+                storages=files.storages,
+                devices=files.devices,
                 sandbox_pidns=self.spec.sandbox_pidns,
             )
             streams.put_ports(request)
@@ -354,12 +352,11 @@ class Container:
     async def release(self) -> None:
         """Let go of what the host holds for it: streams, shared directories, mounts."""
         await self.init.close_stdio()
-        try:
-            self._sandbox.share.remove_container(self.id)
-        finally:
-            if self._rootfs is not None:
-                self._rootfs.unmount()
-                self._rootfs = None
+        if self._files is not None:
+            if self._life is not None and self._life.is_running:
+                await self._files.unplug()
+            self._files.release()
+            self._files = None
 
     # --- while it runs ------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import trio
 
 from agent.api import agent_pb2
 from shimv2.config import Config
+from shimv2.drives import Drives
 from shimv2.guest import Guest
 from shimv2.machine import CloneError, concurrently
 from shimv2.network.pod_network import PodNetwork
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from shimv2.sandbox import Sandbox
 
 log = logging.getLogger("sandbox")
+
+_WRITE_BACK_LIMIT = 30.0  # seconds for the guest to write what its disks do not have yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ class Life:
 
     Attributes:
         netns: path of the pod's network namespace on the host, once `run` has begun.
-        sizing: None until the guest is up.
+        sizing, drives: None until the guest is up.
     """
 
     def __init__(self, sandbox: Sandbox, origin: Origin) -> None:
@@ -67,6 +70,7 @@ class Life:
         self.netns = ""
         self._sandbox = sandbox
         self.sizing: Sizing | None = None
+        self.drives: Drives | None = None
         self._guest: Guest | None = None
         self._network: PodNetwork | None = None
         self._failure: Exception | None = None
@@ -113,8 +117,20 @@ class Life:
 
     async def stop(self) -> None:
         """End the VM, however far it is, and wait until its processes are gone."""
+        if self.is_running and self.drives is not None and self.drives.written:
+            await self._write_back()
         self._stop.set()
         await self._ended.wait()
+
+    async def _write_back(self) -> None:
+        """What the guest has of disks in its memory goes with the VM: it unmounts them first."""
+        assert self._guest is not None
+        with trio.CancelScope(shield=True):
+            try:
+                request = agent_pb2.DestroySandboxRequest()
+                await self._guest.call("DestroySandbox", request, limit=_WRITE_BACK_LIMIT)
+            except RpcError as error:
+                log.warning("the guest did not unmount its disks: %s", error.message)
 
     async def run(self) -> None:
         """Boot, watch, end.  Never raises: what goes wrong is told to who asks for the guest."""
@@ -182,6 +198,7 @@ class Life:
                 await network.configure(guest)
             sandbox.timeline.mark("network")
             self._guest, self._network, self.sizing = guest, network, sizing
+            self.drives = Drives(origin.config.hypervisor, guest)
             log.info("guest is up: %s", sandbox.timeline)
             self._decided.set()
             placement.add_vcpu_threads(await guest.vcpu_threads())

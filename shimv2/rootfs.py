@@ -7,13 +7,14 @@ with the shim at the latest.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from shimv2 import loop, mounts
+from shimv2.mount_manager import Made, MountSpec, is_transformed, plain
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 _OPTIONS_ROOM = _PAGE - 512  # the kernel copies one page; it and overlay add a little
@@ -55,19 +56,6 @@ _FLAGS: dict[str, tuple[int, bool]] = {
     "sync": (mounts.MS_SYNCHRONOUS, False),
     "unbindable": (mounts.MS_UNBINDABLE, False),
 }
-
-
-class MountSpec(Protocol):
-    """containerd.types.Mount, as it comes with CreateTask."""
-
-    @property
-    def type(self) -> str: ...
-    @property
-    def source(self) -> str: ...
-    @property
-    def target(self) -> str: ...
-    @property
-    def options(self) -> Sequence[str]: ...
 
 
 class RootfsError(Exception):
@@ -122,9 +110,13 @@ class Rootfs:
     def __init__(self, target: Path) -> None:
         self.target = target
         self._mounted: list[Path] = []
+        self._directories: list[Path] = []  # mount points of layers
 
     def mount(self, specs: Sequence[MountSpec]) -> None:
         """Make all `specs` in order; an empty list means the root file system is in place.
+
+        Where the last one is in the form of containerd's mount manager, those before it are
+        its layers: mounted beside the target, not on it.
 
         Raises:
             RootfsError: one failed, and those before it are undone.
@@ -134,13 +126,11 @@ class Rootfs:
                 self.target.mkdir(mode=0o711, exist_ok=True)
             elif not self.target.is_dir():
                 raise RootfsError(f"root file system {self.target} is not a directory")
-            for spec in specs:
-                target = self._target_of(spec)
-                try:
-                    _mount_one(spec, target)
-                except (OSError, ValueError, subprocess.SubprocessError) as error:
-                    raise RootfsError(_describe(spec, target, error)) from error
-                self._mounted.append(target)
+            if specs and is_transformed(specs[-1]):
+                self._mount_layered(specs)
+            else:
+                for spec in specs:
+                    self._mount(spec, self._target_of(spec))
         except OSError as error:
             self.unmount()
             raise RootfsError(f"root file system {self.target}: {error.strerror}") from error
@@ -152,10 +142,50 @@ class Rootfs:
         """Detach what `mount` made, in use or not.  Idempotent."""
         while self._mounted:
             mounts.umount_detached(self._mounted.pop())
+        while self._directories:
+            with contextlib.suppress(OSError):
+                self._directories.pop().rmdir()
+
+    def _mount_layered(self, specs: Sequence[MountSpec]) -> None:
+        made: list[Made] = []
+        directory = self.target.parent / "layers"
+        for number, spec in enumerate(specs):
+            is_last = number == len(specs) - 1
+            point = self._target_of(spec) if is_last else directory / str(number)
+            try:
+                ready = plain(spec, made)
+            except ValueError as error:
+                raise RootfsError(_describe(spec, point, error)) from error
+            for path, mode in ready.directories:
+                _make_below(path, mode, directory)
+            if not is_last:
+                self._make_directory(directory)
+                self._make_directory(point)
+            self._mount(ready, point)
+            made.append(Made(ready.source, spec.target, str(point)))
+
+    def _make_directory(self, path: Path) -> None:
+        if path not in self._directories:
+            path.mkdir(mode=0o700, exist_ok=True)
+            self._directories.append(path)
+
+    def _mount(self, spec: MountSpec, target: Path) -> None:
+        try:
+            _mount_one(spec, target)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
+            raise RootfsError(_describe(spec, target, error)) from error
+        self._mounted.append(target)
 
     def _target_of(self, spec: MountSpec) -> Path:
         inside = os.path.normpath("/" + spec.target.lstrip("/")).lstrip("/")
         return self.target / inside if inside else self.target
+
+
+def _make_below(path: str, mode: int, directory: Path) -> None:
+    """Directories are made in layers only: what a path leads to elsewhere is not ours."""
+    if not os.path.normpath(path).startswith(f"{directory}/"):
+        raise RootfsError(f"directory {path}: not below a layer of the root file system")
+    os.makedirs(path, mode, exist_ok=True)
 
 
 def _mount_one(spec: MountSpec, target: Path) -> None:
@@ -172,17 +202,28 @@ def _mount_one(spec: MountSpec, target: Path) -> None:
     chdir, data = None, options.data
     if fstype == "overlay" and len(",".join(data)) >= _OPTIONS_ROOM:
         chdir, data = compact_lowerdirs(data)
-    text = ",".join(data)
-    if len(text) >= _PAGE:
-        raise ValueError(f"mount options of {len(text)} bytes, more than a page")
-    if options.loop:
-        readonly = bool(options.flags & mounts.MS_RDONLY)
-        with loop.attached(spec.source, readonly=readonly, direct_io=options.direct_io) as device:
-            mounts.mount(device, target, fstype, options.flags, text, chdir=chdir)
-    else:
-        mounts.mount(spec.source, target, fstype, options.flags, text, chdir=chdir)
+    with contextlib.ExitStack() as devices:  # a mount keeps its loop devices
+        source = spec.source
+        if options.loop:
+            readonly = bool(options.flags & mounts.MS_RDONLY)
+            attached = loop.attached(source, readonly=readonly, direct_io=options.direct_io)
+            source = devices.enter_context(attached)
+        if fstype == "erofs":
+            data = [_erofs_option(option, devices) for option in data]
+        text = ",".join(data)
+        if len(text) >= _PAGE:
+            raise ValueError(f"mount options of {len(text)} bytes, more than a page")
+        mounts.mount(source, target, fstype, options.flags, text, chdir=chdir)
     if options.propagation:
         mounts.set_propagation(target, options.propagation)
+
+
+def _erofs_option(option: str, devices: contextlib.ExitStack) -> str:
+    """The layers that a merged image refers to are files, where the kernel wants devices."""
+    path = option.removeprefix("device=")
+    if path == option or not os.path.isfile(path):
+        return option
+    return "device=" + devices.enter_context(loop.attached(path, readonly=True))
 
 
 def _bind(source: str, target: Path, options: ParsedOptions) -> None:

@@ -7,8 +7,10 @@ import ctypes
 import os
 import stat
 from pathlib import Path
+from typing import NamedTuple
 
 from agent.api import agent_pb2
+from shimv2 import direct_volumes
 from shimv2 import share as shares
 from shimv2.spec import Mount, Spec
 
@@ -25,20 +27,38 @@ _FOLLOW = ("rslave", "rshared", "slave", "shared")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
+class DirectMount(NamedTuple):
+    """A mount whose source stands for a disk.
+
+    Attributes:
+        source: the volume's path, as its record has it.
+        position: of the mount among the guest's.
+    """
+
+    source: str
+    mount: Mount
+    record: direct_volumes.DirectVolume
+    position: int
+
+
 class GuestMounts:
     """What `share_mounts` makes of a spec's mounts.
 
     Attributes:
-        mounts: for the guest's spec, in order.
+        mounts: for the guest's spec, in order; of direct volumes not yet with their source.
         storages: to be mounted by the agent first.
+        direct: direct volumes, whose disks are to be plugged.
+        devices: mounts of block devices, which become devices of the spec.
         skipped: destinations left out, with the reason.
     """
 
-    __slots__ = ("mounts", "skipped", "storages")
+    __slots__ = ("devices", "direct", "mounts", "skipped", "storages")
 
     def __init__(self) -> None:
         self.mounts: list[Mount] = []
         self.storages: list[agent_pb2.Storage] = []
+        self.direct: list[DirectMount] = []
+        self.devices: list[Mount] = []
         self.skipped: list[str] = []
 
 
@@ -67,6 +87,7 @@ def share_mounts(spec: Spec, share: shares.Share, container_id: str) -> GuestMou
 
     Raises:
         ShareError: a source is missing or can't be shared; names it.
+        DirectVolumeError: what is noted of a source can't be used.
     """
     result = GuestMounts()
     try:
@@ -107,6 +128,11 @@ def _one(
         result.mounts.append(mount)  # the guest makes or has it
     elif os.path.normpath(mount.destination) == "/dev/shm":
         result.mounts.append(Mount(mount.destination, "bind", SHM_DIR, ["rbind"]))
+    elif (record := direct_volumes.find(mount.source)) is not None:
+        result.direct.append(DirectMount(mount.source, mount, record, len(result.mounts)))
+        result.mounts.append(mount)
+    elif _is_block_device(source):
+        result.devices.append(Mount(mount.destination, "bind", source, mount.options))
     elif source == "/dev" or (_below(source, "/dev") and not _shareable(source)):
         result.skipped.append(f"{mount.destination}: {mount.source} is a device of the host")
     elif _EMPTY_DIR in source and filesystem_type(source) == _TMPFS_MAGIC:
@@ -176,6 +202,13 @@ def _fsgid(source: str) -> list[str]:
 def _capacity(path: str) -> int:
     info = os.statvfs(path)
     return info.f_blocks * info.f_frsize
+
+
+def _is_block_device(source: str) -> bool:
+    try:
+        return stat.S_ISBLK(os.stat(source).st_mode)
+    except OSError:
+        return False
 
 
 def _shareable(source: str) -> bool:

@@ -239,10 +239,10 @@ class HypervisorConfig(Section):
 
     # Disks.
     block_device_driver: str = key(
-        "virtio-scsi",
-        "driver of hot-plugged disks",
-        choices=("virtio-scsi", "virtio-blk", "virtio-mmio", "nvdimm"),
-        foreign=("virtio-blk-ccw",),
+        "virtio-blk",
+        "driver of plugged disks; virtio-blk takes a PCI slot for each",
+        choices=("virtio-blk", "virtio-scsi"),
+        foreign=("virtio-mmio", "nvdimm", "virtio-blk-ccw"),
         synonyms={
             "virtio-blk-pci": "virtio-blk",
             "virtio-blk-mmio": "virtio-mmio",
@@ -250,7 +250,6 @@ class HypervisorConfig(Section):
         },
         annotation=SAME_NAME,
         sample=True,
-        support=INERT,
     )
     block_device_aio: str = key(
         "threads",
@@ -259,16 +258,13 @@ class HypervisorConfig(Section):
         annotation=SAME_NAME,
         vmms="Q",
         sample=True,
-        support=INERT,
     )
-    block_device_cache_set: bool = key(
-        False, "apply the next two", annotation=SAME_NAME, vmms="QC", support=INERT
-    )
+    block_device_cache_set: bool = key(False, "apply the next two", annotation=SAME_NAME, vmms="QC")
     block_device_cache_direct: bool = key(
-        False, "open disks with O_DIRECT", annotation=SAME_NAME, vmms="QC", support=INERT
+        False, "open disks with O_DIRECT", annotation=SAME_NAME, vmms="QC"
     )
     block_device_cache_noflush: bool = key(
-        False, "ignore the guest's flushes", annotation=SAME_NAME, vmms="Q", support=INERT
+        False, "ignore the guest's flushes", annotation=SAME_NAME, vmms="Q"
     )
     block_device_logical_sector_size: int = key(
         0,
@@ -278,7 +274,6 @@ class HypervisorConfig(Section):
         high=65536,
         annotation="blk_logical_sector_size",
         vmms="Q",
-        support=NO,
     )
     block_device_physical_sector_size: int = key(
         0,
@@ -288,30 +283,27 @@ class HypervisorConfig(Section):
         high=65536,
         annotation="blk_physical_sector_size",
         vmms="Q",
-        support=NO,
     )
     queue_size: int = key(
         128,
-        "descriptors of a disk's queue",
+        "descriptors of a virtio-blk disk's queue",
         low=1,
         high=32768,
         annotation="block_device_queue_size",
-        support=INERT,
     )
     num_queues: int = key(
         1,
-        "queues of a disk",
+        "queues of a virtio-blk disk",
         low=1,
         high=1024,
         annotation="block_device_num_queues",
-        support=INERT,
     )
     disable_block_device_use: bool = key(
         False,
-        "mount a block rootfs on the host and share it",
+        "mount a root file system on the host and share it, also where it could be a disk",
         annotation=SAME_NAME,
         vmms="QC",
-        support=INERT,
+        sample=True,
     )
     disable_image_nvdimm: bool = key(
         False,
@@ -481,16 +473,26 @@ class HypervisorConfig(Section):
         0, "its first burst", unit="op", low=0, high=U63, vmms="C", support=NO
     )
     disk_rate_limiter_bw_max_rate: int = key(
-        0, "token bucket of each disk", unit="bit/s", low=0, high=U63, vmms="CF", support=NO
+        0,
+        "bandwidth of each plugged disk; 0 means no limit",
+        unit="bit/s",
+        low=0,
+        high=U63,
+        vmms="QCF",
     )
     disk_rate_limiter_bw_one_time_burst: int = key(
-        0, "its first burst", unit="bit", low=0, high=U63, vmms="CF", support=NO
+        0, "what may pass at once after a pause", unit="bit", low=0, high=U63, vmms="QCF"
     )
     disk_rate_limiter_ops_max_rate: int = key(
-        0, "operations of each disk", unit="op/s", low=0, high=U63, vmms="CF", support=NO
+        0,
+        "operations of each plugged disk; 0 means no limit",
+        unit="op/s",
+        low=0,
+        high=U63,
+        vmms="QCF",
     )
     disk_rate_limiter_ops_one_time_burst: int = key(
-        0, "its first burst", unit="op", low=0, high=U63, vmms="CF", support=NO
+        0, "what may pass at once after a pause", unit="op", low=0, high=U63, vmms="QCF"
     )
     entropy_source: Path = key(
         Path("/dev/urandom"),

@@ -110,6 +110,7 @@ class FakeLife:
         self.origin = origin
         self.netns = ""
         self.sizing = None  # it keeps its size
+        self.drives = None
         self.booted = FakeGuest()
         self._failure = self.failures.pop(0) if self.failures else None
         self._stop = trio.Event()

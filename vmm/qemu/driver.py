@@ -59,6 +59,7 @@ from vmm.qemu import (
 from vmm.qemu.devices import Parts, kind_of
 from vmm.qemu.qmp import Event, Greeting
 from vmm.qemu.qmp_client import QmpClient
+from vmm.qemu.scsi import ScsiBus
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class Qemu(Hypervisor):
         self._boot_parts: list[Parts] = []
         self._boot_fds = ExitStack()
         self._pass_fds: list[int] = []
-        self._scsi_disks: list[str] = []
+        self._scsi = ScsiBus()
         self._device_ids: set[str] = set()
         self._sockets: dict[str, Path] = {}
         self._process: HelperProcess | None = None
@@ -500,11 +501,7 @@ class Qemu(Hypervisor):
             except BaseException:
                 self._forget_device(devices.SCSI_ID)
                 raise
-        if "" not in self._scsi_disks:
-            self._scsi_disks.append("")
-        index = self._scsi_disks.index("")
-        self._scsi_disks[index] = device.id
-        target, lun = divmod(index, 256)
+        target, lun = self._scsi.take(device.id)
         await hot.plug(device.id, devices.describe(device, None, scsi=(target, lun)))
         return DeviceAddress(scsi=f"{target}:{lun}")
 
@@ -525,7 +522,7 @@ class Qemu(Hypervisor):
     def _forget_device(self, device_id: str) -> None:
         self._device_ids.discard(device_id)
         self._layout.release(device_id)
-        self._scsi_disks = ["" if other == device_id else other for other in self._scsi_disks]
+        self._scsi.release(device_id)
         if (path := self._sockets.pop(device_id, None)) is not None:
             path.unlink(missing_ok=True)
 

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Block devices of a container's spec: plugged, and given to it under the guest's numbers.
+
+The spec names a device by the host's numbers.  The agent, which learns the guest's, exchanges
+them in the nodes, in the rules of the devices cgroup and in the limits of block I/O.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+
+from agent.api import agent_pb2, oci_pb2
+from shimv2.drives import DriveError, Drives, host_node
+from shimv2.spec import Mount
+
+log = logging.getLogger("container")
+
+_NODE_MODE = 0o660
+_THROTTLES = (
+    "ThrottleReadBpsDevice",
+    "ThrottleWriteBpsDevice",
+    "ThrottleReadIOPSDevice",
+    "ThrottleWriteIOPSDevice",
+)
+
+Numbers = tuple[int, int]
+
+
+async def plug(
+    oci: oci_pb2.Spec,
+    resources: oci_pb2.LinuxResources,
+    mounts: Sequence[Mount],
+    drives: Drives,
+    container_id: str,
+) -> list[agent_pb2.Device]:
+    """Plug what ``linux.devices`` and `mounts` name.
+
+    Args:
+        oci: for the guest; its devices, rules and limits are completed.
+        resources: of the host's spec, with the rules and limits.
+        mounts: bind mounts whose source is a block device.
+
+    Returns:
+        For CreateContainer.
+
+    Raises:
+        DriveError, VmmError: names the device.
+    """
+    listed = oci.Linux.Devices
+    for mount in mounts:
+        number = os.stat(mount.source).st_rdev
+        listed.add(
+            Path=mount.destination,
+            Type="b",
+            Major=os.major(number),
+            Minor=os.minor(number),
+            FileMode=_NODE_MODE,
+        )
+    readonly = {mount.destination for mount in mounts if mount.readonly}
+    rules = resources.Devices
+    plugged: dict[Numbers, agent_pb2.Device] = {}
+    devices: list[agent_pb2.Device] = []
+    for entry in [entry for entry in listed if entry.Type == "b"]:
+        numbers = entry.Major, entry.Minor
+        try:
+            drive = await drives.plug(
+                host_node(*numbers),
+                container_id,
+                readonly=entry.Path in readonly or not _is_written(rules, numbers),
+            )
+        except DriveError as error:
+            if not _allows_all(rules):
+                raise DriveError(f"device {entry.Path}: {error}") from error
+            # A privileged container lists all that the host has.
+            log.warning("device %s left out: %s", entry.Path, error)
+            listed.remove(entry)
+            continue
+        device = agent_pb2.Device(id=drive.source, type=drive.driver, container_path=entry.Path)
+        plugged.setdefault(numbers, device)
+        devices.append(device)
+    if plugged:
+        oci.Linux.Resources.Devices.extend(_rules(rules, mounts, plugged))
+        _limit(oci.Linux.Resources.BlockIO, resources.BlockIO, plugged)
+    return devices
+
+
+def _rules(
+    rules: Iterable[oci_pb2.LinuxDeviceCgroup],
+    mounts: Iterable[Mount],
+    plugged: dict[Numbers, agent_pb2.Device],
+) -> list[oci_pb2.LinuxDeviceCgroup]:
+    """Those of the spec, without those for block devices that only the host has; the devices of
+    mounts have none in the spec."""
+    kept = [
+        rule
+        for rule in rules
+        if rule.Type != "b" or not rule.Major or (rule.Major, rule.Minor) in plugged
+    ]
+    if not kept:
+        kept = [oci_pb2.LinuxDeviceCgroup(Allow=False, Access="rwm")]
+    for mount in mounts:
+        number = os.stat(mount.source).st_rdev
+        kept.append(
+            oci_pb2.LinuxDeviceCgroup(
+                Allow=True,
+                Type="b",
+                Major=os.major(number),
+                Minor=os.minor(number),
+                Access="r" if mount.readonly else "rw",
+            )
+        )
+    return kept
+
+
+def _limit(
+    limits: oci_pb2.LinuxBlockIO,
+    wanted: oci_pb2.LinuxBlockIO,
+    plugged: dict[Numbers, agent_pb2.Device],
+) -> None:
+    for name in _THROTTLES:
+        for limit in getattr(wanted, name):
+            if (limit.Major, limit.Minor) in plugged:
+                getattr(limits, name).add().CopyFrom(limit)
+
+
+def _is_written(rules: Iterable[oci_pb2.LinuxDeviceCgroup], numbers: Numbers) -> bool:
+    """Whether the rules let it be written; the last that speaks of it counts."""
+    said = True
+    for rule in rules:
+        if rule.Type == "b" and (rule.Major, rule.Minor) == numbers:
+            said = rule.Allow and "w" in rule.Access
+    return said
+
+
+def _allows_all(rules: Iterable[oci_pb2.LinuxDeviceCgroup]) -> bool:
+    said = False
+    for rule in rules:
+        if rule.Type in ("", "a") and not rule.Major and "w" in rule.Access:
+            said = rule.Allow
+    return said

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a container has of the host's storage: its root file system, volumes and disks.
+
+First the host's part, which needs no guest: mounts, and what is shared of them.  Then the
+disks, which need a VM; what they become in the guest is made of the storages and devices that
+go with CreateContainer.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from agent.api import agent_pb2, oci_pb2, types_pb2
+from shimv2 import block_devices, direct_volumes
+from shimv2.drives import Drive, Drives
+from shimv2.guest_spec import resources_of
+from shimv2.layers import GuestRootfs, Layer, guest_rootfs
+from shimv2.rootfs import Rootfs, RootfsError
+from shimv2.share import Share
+from shimv2.spec import Mount, Spec
+from shimv2.volumes import DirectMount, share_mounts
+
+log = logging.getLogger("container")
+
+BUNDLES = "/run/kata-containers"  # of the agent
+LAYERS = f"{BUNDLES}/sandbox/layers"
+STORAGE = f"{BUNDLES}/sandbox/storage"
+EXTRA_DEVICE = "io.katacontainers.volume.device="
+CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
+
+_POLICIES = {"Always": types_pb2.Always, "OnRootMismatch": types_pb2.OnRootMismatch}
+
+
+class ContainerFiles:
+    """Of one container.
+
+    Args:
+        share: of its sandbox.
+        sandbox_id: notes who uses a direct volume.
+
+    Attributes:
+        root_path: of the root file system, in the guest.
+        mounts: for the guest's spec.
+        storages, devices: for CreateContainer.
+    """
+
+    def __init__(
+        self, share: Share, spec: Spec, container_id: str, bundle: str, sandbox_id: str
+    ) -> None:
+        self._share = share
+        self._spec = spec
+        self._id = container_id
+        self._sandbox_id = sandbox_id
+        self._target = spec.rootfs or Path(bundle, "rootfs")
+        self._rootfs = Rootfs(self._target)
+        self._in_guest: GuestRootfs | None = None
+        self._direct: list[DirectMount] = []
+        self._devices: list[Mount] = []
+        self._drives: Drives | None = None
+        self.root_path = f"{BUNDLES}/{container_id}/rootfs"
+        self.mounts: list[Mount] = []
+        self.storages: list[agent_pb2.Storage] = []
+        self.devices: list[agent_pb2.Device] = []
+
+    def mount(self, mounts: list[Any], *, disks: bool) -> None:
+        """The host's part.  On an error call `release`.
+
+        Args:
+            mounts: containerd's, for the root file system.
+            disks: whether a root file system may be a disk.
+
+        Raises:
+            RootfsError, ShareError, DirectVolumeError: names what can't be had.
+        """
+        try:
+            self._in_guest = guest_rootfs(mounts) if disks else None
+        except ValueError as error:
+            raise RootfsError(f"root file system: {error}") from error
+        if self._in_guest is None:
+            self._rootfs.mount(mounts)
+            self.root_path = str(self._share.add_rootfs(self._id, self._target))
+        shared = share_mounts(self._spec, self._share, self._id)
+        for reason in shared.skipped:
+            log.warning("mount left out: %s", reason)
+        self.mounts, self.storages = shared.mounts, shared.storages
+        self._direct, self._devices = shared.direct, shared.devices
+
+    async def plug(self, drives: Drives, oci: oci_pb2.Spec) -> None:
+        """The disks.  On an error call `unplug` and `release`.
+
+        Args:
+            oci: for the guest; gets the block devices that it is to have.
+
+        Raises:
+            DriveError, VmmError: names what can't be had.
+        """
+        self._drives = drives
+        if self._in_guest is not None:
+            await self._plug_rootfs(self._in_guest, drives)
+        for volume in self._direct:
+            await self._plug_volume(volume, drives)
+        self.devices += await block_devices.plug(
+            oci, resources_of(self._spec), self._devices, drives, self._id
+        )
+
+    async def unplug(self) -> None:
+        """After the guest has forgotten the container.  Idempotent."""
+        if self._drives is not None:
+            await self._drives.release(self._id)
+            self._drives = None
+
+    def release(self) -> None:
+        """Let go of what the host holds.  Idempotent."""
+        try:
+            self._share.remove_container(self._id)
+        finally:
+            self._rootfs.unmount()
+            for volume in self._direct:
+                with contextlib.suppress(OSError):
+                    direct_volumes.disclaim(volume.source, self._sandbox_id)
+
+    async def _plug_rootfs(self, rootfs: GuestRootfs, drives: Drives) -> None:
+        points = []
+        for layer in rootfs.layers:
+            storage = await self._plug_layer(layer, drives)
+            if rootfs.top is None:
+                storage.mount_point = self.root_path
+            points.append(storage.mount_point)
+            self.storages.append(storage)
+        if rootfs.top is None:
+            return
+        overlay = rootfs.overlay(points)
+        self.storages.append(
+            agent_pb2.Storage(
+                driver="overlayfs",
+                source="overlay",
+                fstype="overlay",
+                options=overlay.options,
+                driver_options=[CREATE_DIRECTORY + path for path, _ in overlay.directories],
+                mount_point=self.root_path,
+            )
+        )
+
+    async def _plug_layer(self, layer: Layer, drives: Drives) -> agent_pb2.Storage:
+        drive = await drives.plug(layer.path, self._id, readonly=layer.readonly)
+        blobs = [await drives.plug(blob, self._id, readonly=True) for blob in layer.blobs]
+        where = f"{LAYERS}/{drive.id}" if layer.readonly else f"{BUNDLES}/{self._id}/layer"
+        storage = _storage(drive, layer.fstype, layer.options, where)
+        storage.driver_options.extend(EXTRA_DEVICE + blob.source for blob in blobs)
+        return storage
+
+    async def _plug_volume(self, volume: DirectMount, drives: Drives) -> None:
+        record = volume.record
+        readonly = record.readonly or volume.mount.readonly
+        drive = await drives.plug(record.device, self._id, readonly=record.readonly)
+        point = direct_mount_point(volume.source)
+        storage = _storage(drive, record.fstype, record.options, point)
+        if record.group is not None:
+            storage.fs_group.group_id = record.group
+            storage.fs_group.group_change_policy = _POLICIES[record.policy]
+        self.storages.append(storage)
+        options = ["rbind", "ro" if readonly else "rw"]
+        self.mounts[volume.position] = Mount(volume.mount.destination, "bind", point, options)
+        direct_volumes.claim(volume.source, self._sandbox_id)
+
+
+def direct_mount_point(source: str) -> str:
+    """Where the guest mounts a direct volume: the same for all containers of the pod."""
+    return f"{STORAGE}/{base64.urlsafe_b64encode(source.encode()).decode()}"
+
+
+def _storage(drive: Drive, fstype: str, options: list[str], point: str) -> agent_pb2.Storage:
+    return agent_pb2.Storage(
+        driver=drive.driver,
+        source=drive.source,
+        fstype=fstype,
+        options=options,
+        mount_point=point,
+    )

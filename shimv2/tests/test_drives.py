@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Disks of a VM: plugged once, unplugged with the last who has them, nothing left of failures."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from agent.api import oci_pb2
+from shimv2 import block_devices, loop, mounts
+from shimv2.config import HypervisorConfig
+from shimv2.drives import DriveError, Drives, disk_limits, host_node
+from shimv2.spec import Mount
+from vmm.errors import CapacityError, VmmError
+from vmm.hypervisor import BlockDevice, DeviceAddress
+
+
+class Vm:
+    """A VM with three places for disks.
+
+    Attributes:
+        disks: what is plugged, by id.
+        stuck: ids that the guest does not let go.
+    """
+
+    def __init__(self) -> None:
+        self.disks: dict[str, BlockDevice] = {}
+        self.stuck: set[str] = set()
+
+    async def add_device(self, device: BlockDevice) -> DeviceAddress:
+        if len(self.disks) == 3:
+            raise CapacityError("no PCI slot left")
+        self.disks[device.id] = device
+        return DeviceAddress(pci_path=f"02/{len(self.disks):02x}")
+
+    async def remove_device(self, device_id: str) -> None:
+        if device_id in self.stuck:
+            raise VmmError("the guest did not release it")
+        del self.disks[device_id]
+
+
+def drives_of(vm: Vm, **config: Any) -> Drives:
+    return Drives(HypervisorConfig(**config), vm)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    paths = [tmp_path / str(number) for number in range(4)]
+    for path in paths:
+        path.touch()
+    return paths
+
+
+async def test_one_disk_for_all_that_have_it(files: list[Path], tmp_path: Path) -> None:
+    vm = Vm()
+    drives = drives_of(vm)
+    link = tmp_path / "link"
+    link.symlink_to(files[0])
+    first = await drives.plug(files[0], "a", readonly=True)
+    assert await drives.plug(link, "b", readonly=True) is first
+    assert not drives.written
+    await drives.plug(files[1], "b", readonly=False)
+    assert drives.written
+    await drives.release("a")
+    assert len(vm.disks) == 2
+    await drives.release("b")
+    await drives.release("b")
+    assert vm.disks == {}
+    assert not drives.written
+
+
+async def test_a_reader_has_the_disk_of_a_writer(files: list[Path]) -> None:
+    drives = drives_of(Vm())
+    written = await drives.plug(files[0], "a", readonly=False)
+    assert await drives.plug(files[0], "b", readonly=True) is written
+
+
+async def test_no_place_is_told_and_leaves_nothing(files: list[Path]) -> None:
+    vm = Vm()
+    drives = drives_of(vm)
+    for path in files[:3]:
+        await drives.plug(path, "a", readonly=True)
+    with pytest.raises(CapacityError, match=f"{files[3]}.*virtio-scsi"):
+        await drives.plug(files[3], "b", readonly=True)
+    await drives.release("b")
+    await drives.release("a")
+    assert vm.disks == {}
+    await drives.plug(files[3], "b", readonly=True)
+
+
+async def test_what_the_guest_keeps_is_there_for_the_next(files: list[Path]) -> None:
+    vm = Vm()
+    drives = drives_of(vm)
+    drive = await drives.plug(files[0], "a", readonly=False)
+    vm.stuck.add(drive.id)
+    await drives.release("a")
+    assert await drives.plug(files[0], "b", readonly=False) is drive
+    vm.stuck.clear()
+    await drives.release("b")
+    assert vm.disks == {}
+
+
+async def test_what_is_no_disk(tmp_path: Path) -> None:
+    drives = drives_of(Vm())
+    for path in (tmp_path, tmp_path / "nosuch", Path("/dev/null")):
+        with pytest.raises(DriveError, match=str(path)):
+            await drives.plug(path, "a", readonly=True)
+    with pytest.raises(DriveError, match="4095:1"):
+        host_node(4095, 1)
+
+
+def test_a_disk_that_the_host_has_mounted_is_not_written_to(tmp_path: Path, isolated) -> None:
+    image, point = tmp_path / "image", tmp_path / "point"
+    image.touch()
+    os.truncate(image, 4 << 20)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    point.mkdir()
+
+    async def plug(device: str, *, readonly: bool) -> None:
+        await drives_of(Vm()).plug(Path(device), "a", readonly=readonly)
+
+    def body() -> None:
+        with loop.attached(str(image), readonly=False) as device:
+            trio.run(partial(plug, device, readonly=False))
+            mounts.mount(device, point, "ext4")
+            with pytest.raises(DriveError, match=f"{device} is in use"):
+                trio.run(partial(plug, device, readonly=False))
+            trio.run(partial(plug, device, readonly=True))
+            mounts.umount(point)
+
+    isolated(body)
+
+
+async def test_what_the_configuration_says_of_disks(files: list[Path]) -> None:
+    vm = Vm()
+    drives = drives_of(
+        vm,
+        block_device_driver="virtio-scsi",
+        block_device_aio="native",
+        block_device_cache_direct=True,  # without block_device_cache_set
+        disk_rate_limiter_bw_max_rate=80_000_000,
+        disk_rate_limiter_ops_max_rate=100,
+        disk_rate_limiter_ops_one_time_burst=500,
+    )
+    await drives.plug(files[0], "a", readonly=True)
+    (device,) = vm.disks.values()
+    assert (device.driver, device.aio, device.cache_direct) == ("virtio-scsi", "native", False)
+    assert device.limits is not None
+    assert device.limits.bytes_per_second == 10_000_000
+    assert device.limits.operations_burst == 500
+    assert disk_limits(HypervisorConfig()) is None
+
+
+def resources(*rules: dict[str, Any], **more: Any) -> oci_pb2.LinuxResources:
+    return oci_pb2.LinuxResources(Devices=[oci_pb2.LinuxDeviceCgroup(**r) for r in rules], **more)
+
+
+@pytest.fixture
+def disk(files: list[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for every block device of the host but 7:99."""
+
+    def node(major: int, minor: int) -> Path:
+        if (major, minor) == (7, 99):
+            raise DriveError("block device 7:99 does not exist on this host")
+        return files[0]
+
+    monkeypatch.setattr(block_devices, "host_node", node)
+    return files[0]
+
+
+async def test_devices_of_a_spec(disk: Path) -> None:
+    vm = Vm()
+    oci = oci_pb2.Spec()
+    oci.Linux.Devices.add(Path="/dev/xvda", Type="b", Major=7, Minor=3)
+    oci.Linux.Devices.add(Path="/dev/fuse", Type="c", Major=10, Minor=229)
+    limits = [oci_pb2.LinuxThrottleDevice(Major=7, Minor=m, Rate=1000) for m in (3, 4)]
+    wanted = resources(
+        {"Allow": False, "Access": "rwm"},
+        {"Allow": True, "Type": "c", "Major": 1, "Minor": 3, "Access": "rwm"},
+        {"Allow": True, "Type": "b", "Major": 7, "Minor": 3, "Access": "rm"},
+        {"Allow": True, "Type": "b", "Major": 7, "Minor": 4, "Access": "rwm"},
+        BlockIO=oci_pb2.LinuxBlockIO(ThrottleReadBpsDevice=limits),
+    )
+    (device,) = await block_devices.plug(oci, wanted, [], drives_of(vm), "a")
+    assert (device.type, device.id, device.container_path) == ("blk", "02/01", "/dev/xvda")
+    assert [d.readonly for d in vm.disks.values()] == [True], "as the rule says"
+    rules = oci.Linux.Resources.Devices
+    assert [(r.Type, r.Major, r.Minor) for r in rules] == [("", 0, 0), ("c", 1, 3), ("b", 7, 3)]
+    assert [t.Minor for t in oci.Linux.Resources.BlockIO.ThrottleReadBpsDevice] == [3]
+
+
+async def test_a_missing_device_is_an_error_but_for_a_privileged_container(disk: Path) -> None:
+    for rules, allowed in (([{"Allow": True, "Access": "rwm"}], True), ([], False)):
+        oci = oci_pb2.Spec()
+        oci.Linux.Devices.add(Path="/dev/gone", Type="b", Major=7, Minor=99)
+        oci.Linux.Devices.add(Path="/dev/there", Type="b", Major=7, Minor=1)
+        work = block_devices.plug(oci, resources(*rules), [], drives_of(Vm()), "a")
+        if allowed:
+            assert [device.container_path for device in await work] == ["/dev/there"]
+            assert [entry.Path for entry in oci.Linux.Devices] == ["/dev/there"]
+        else:
+            with pytest.raises(DriveError, match=r"/dev/gone.*7:99"):
+                await work
+
+
+async def test_a_mounted_device_becomes_one_of_the_spec(disk: Path) -> None:
+    vm = Vm()
+    oci = oci_pb2.Spec()
+    mount = Mount("/dev/xvda", "bind", "/dev/null", ["ro"])  # whose numbers are looked at only
+    (device,) = await block_devices.plug(oci, resources(), [mount], drives_of(vm), "a")
+    assert device.container_path == "/dev/xvda"
+    assert [(entry.Path, entry.Type) for entry in oci.Linux.Devices] == [("/dev/xvda", "b")]
+    assert [d.readonly for d in vm.disks.values()] == [True]
+    deny, allow = oci.Linux.Resources.Devices
+    assert (deny.Allow, allow.Allow, allow.Access) == (False, True, "r")
