@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,3 +62,42 @@ def test_the_size_follows_the_containers(
         assert memory_mib(kata, first) <= before + 528
         many = f"head -c {300 * _MIB} /dev/zero | tail -c {300 * _MIB} | wc -c"
         assert kata.execute(third, "sh", "-c", many).stdout == f"{300 * _MIB}\n"
+
+
+ELASTIC = """\
+[factory]
+enable_template = false
+[hypervisor.qemu]
+enable_virtio_mem = true
+reclaim_guest_freed_memory = true
+"""
+
+
+def kept_mib(pid: int) -> int:
+    """How much of its guest's memory the host has to keep."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        if os.readlink(entry).startswith("/memfd:"):
+            status = entry.stat()
+            found[status.st_ino] = status.st_blocks * 512
+    return sum(found.values()) // _MIB
+
+
+def test_memory_goes_back_to_the_host(kata: Kata) -> None:
+    """What is freed by the balloon's free page reporting, what is not asked for by virtio-mem."""
+    flags = ("--runtime-config-path", kata_configuration(ELASTIC))
+    with kata.pod(flags) as pod:
+        first = pod.start("sleep", "1000", flags=flags)
+        before = memory_mib(kata, first)
+        script = "head -c 150m /dev/zero | tail -c 150m | until [ -e /end ]; do sleep 1; done"
+        limit = ("--memory-limit", str(384 * _MIB))
+        greedy = pod.start("sh", "-c", f"{script}; exec sleep 1000", flags=(*flags, *limit))
+        wait_until(lambda: memory_mib(kata, first) >= before + 368, 10, "the memory is there")
+        own = kept_mib(pod.vmm_pid)
+        wait_until(lambda: kept_mib(pod.vmm_pid) >= own + 100, 60, "it is used")
+        own = kept_mib(pod.vmm_pid)
+        kata.execute(greedy, "touch", "/end")
+        wait_until(lambda: kept_mib(pod.vmm_pid) <= own - 75, 60, "what was freed is the host's")
+        kata.remove(greedy)
+        pod.members.remove(greedy)
+        wait_until(lambda: memory_mib(kata, first) <= before + 16, 20, "all of it is gone")

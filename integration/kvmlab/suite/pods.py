@@ -45,7 +45,7 @@ def test_a_pod_of_two_containers(node: Crictl) -> None:
     wait_until(lambda: node.logs(one).count("\n") == 2, 5, "both lines are logged")
 
     scope = f"/kvmlab.slice/{_SLICE}/cri-containerd-{pod}.scope"
-    assert cgroup_of(pid_of(pod, "vmm")) == cgroup_of(pid_of(pod, "shim")) == scope
+    assert cgroup_of(pid_of(pod, "vmm")) == scope
     # Whatever systemd does with its units, the pod's limits go on to count.
     subprocess.run(["systemctl", "daemon-reload"], check=True)
     command = ["systemd-run", f"--slice={_SLICE}", "--wait", "--collect", "--quiet", "true"]
