@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 import stat
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ def test_management(kata: Kata, prefix: Path) -> None:
     _agent_url(container)
     _iptables(container, prefix / "bin/kata-runtime")
     _metrics(kata, container, prefix / "bin/kata-runtime")
+    _monitor(container, prefix / "bin/kata-monitor")
     for method, target, said in (
         ("GET", "/nothing", "there is no '/nothing' here"),
         ("DELETE", "/iptables", "takes GET, PUT"),
@@ -85,6 +87,33 @@ def _metrics(kata: Kata, container: str, kata_runtime: Path) -> None:
     assert "grpc.CreateContainerRequest" in {s.labels["action"] for s in agent.samples}
     phases = second["kata_shim_boot_phase_milliseconds"]
     assert {"shim", "agent", "create"} <= {s.labels["phase"] for s in phases.samples}
+
+
+def _monitor(container: str, kata_monitor: Path) -> None:
+    with subprocess.Popen(
+        [kata_monitor, "--listen-address", "127.0.0.1:0"], stderr=subprocess.PIPE, text=True
+    ) as monitor:
+        try:
+            assert monitor.stderr is not None
+            port = monitor.stderr.readline().split()[-1]
+
+            def get(target: str) -> str:
+                url = f"http://127.0.0.1:{port}{target}"
+                with urllib.request.urlopen(url, timeout=20) as answer:
+                    return str(answer.read().decode())
+
+            assert container in get("/sandboxes").split()
+            assert get(f"/agent-url?sandbox={container}").startswith("hvsock://")
+            assert "kata_guest_load{" in get(f"/metrics?sandbox={container}")
+            families = {f.name: f for f in text_string_to_metric_families(get("/metrics"))}
+            for name in ("kata_shim_threads", "kata_guest_load", "kata_monitor_shim_up"):
+                labels = [s.labels["sandbox_id"] for s in families[name].samples]
+                assert container in labels, name
+            starts = families["kata_shim_boot_durations_histogram_milliseconds"].samples
+            assert sum(s.value for s in starts if s.name.endswith("_count")) >= 1
+        finally:
+            monitor.terminate()
+    assert monitor.returncode == 0
 
 
 def _iptables(container: str, kata_runtime: Path) -> None:

@@ -36,6 +36,7 @@ UNWANTED = ("tests", "conftest.py", "_tests", "__pycache__", "*.proto", "*.pyi",
 UNWANTED_OF_DEPENDENCIES = ("bin", "__pycache__", "tests", "_tests", "_core/_tests", "*.pyi", "*.c")
 LAUNCHERS = {
     "containerd-shim-kata-v2": "shimv2.cli",
+    "kata-monitor": "shimv2.monitor",
     "kata-runtime": "shimv2.runtime_cli",
     "kata-vm-cache": "shimv2.factory.service",
 }

@@ -1,53 +1,58 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts as histograms in Prometheus' text format, named as Kata's metrics are."""
+"""Starts as histograms, named as Kata's metrics are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-from .history import KINDS, BootRecord
+from shimv2.metrics.durations import Durations
+from shimv2.metrics.exposition import Page
+
+from .history import BootRecord
 from .phases import phases, total
 
 #: Upper bounds in milliseconds: as Kata's histograms of calls, up to half a minute.
 BUCKETS = tuple(1 << power for power in range(16))
 
-_WHOLE = "kata_shim_boot_durations_histogram_milliseconds"
-_PHASE = "kata_shim_boot_phase_durations_histogram_milliseconds"
 
+class Starts:
+    """Counts starts: whole ones by ``kind``, and their phases by ``kind`` and ``phase``."""
 
-def expose(records: list[BootRecord]) -> str:
-    """Two families: whole starts by ``kind``, and their phases by ``kind`` and ``phase``.
+    def __init__(self) -> None:
+        self._whole = Durations(BUCKETS)
+        self._phases = Durations(BUCKETS)
 
-    They count what is in `records`, a window that moves: read quantiles and averages, no rates.
-    """
-    whole: dict[tuple[str, ...], list[float]] = {}
-    parts: dict[tuple[str, ...], list[float]] = {}
-    for record in sorted(records, key=lambda record: KINDS.index(record.kind)):
-        whole.setdefault((record.kind,), []).append(total(record))
+    def add(self, record: BootRecord) -> None:
+        """One more."""
+        self._whole.add(total(record), record.kind)
         for phase in phases(record):
-            parts.setdefault((record.kind, phase.name), []).append(phase.seconds)
-    lines = [
-        *_family(_WHOLE, "From the shim process to the container's start.", ("kind",), whole),
-        *_family(_PHASE, "Each phase of a start.", ("kind", "phase"), parts),
-    ]
-    return "\n".join([*lines, ""])
+            self._phases.add(phase.seconds, record.kind, phase.name)
+
+    def expose(self, page: Page) -> None:
+        """Two families."""
+        page.histogram(
+            "kata_shim_boot_durations_histogram_milliseconds",
+            "From the shim process to the container's start.",
+            self._whole,
+            ("kind",),
+        )
+        page.histogram(
+            "kata_shim_boot_phase_durations_histogram_milliseconds",
+            "Each phase of a start.",
+            self._phases,
+            ("kind", "phase"),
+        )
 
 
-def _family(
-    name: str,
-    text: str,
-    labels: tuple[str, ...],
-    series: dict[tuple[str, ...], list[float]],
-) -> Iterator[str]:
-    yield f"# HELP {name} {text} Of the newest starts on this host."
-    yield f"# TYPE {name} histogram"
-    for values, seconds in series.items():
-        # Label values are our own words: none needs an escape.
-        own = ",".join(f'{label}="{value}"' for label, value in zip(labels, values, strict=True))
-        milliseconds = [value * 1000 for value in seconds]
-        for bound in BUCKETS:
-            count = sum(value <= bound for value in milliseconds)
-            yield f'{name}_bucket{{{own},le="{bound}"}} {count}'
-        yield f'{name}_bucket{{{own},le="+Inf"}} {len(milliseconds)}'
-        yield f"{name}_sum{{{own}}} {sum(milliseconds):.3f}"
-        yield f"{name}_count{{{own}}} {len(milliseconds)}"
+def expose(records: Iterable[BootRecord]) -> str:
+    """The text of both families for these starts.
+
+    If `records` are those that a host keeps, that is a window that moves: read quantiles and
+    averages, no rates.
+    """
+    starts = Starts()
+    for record in records:
+        starts.add(record)
+    page = Page()
+    starts.expose(page)
+    return str(page)

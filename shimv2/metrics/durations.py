@@ -14,35 +14,35 @@ BUCKETS = tuple(1 << power for power in range(10))
 
 
 class Durations:
-    """A histogram for each action.
+    """A histogram for each key: a call's name, or several words.
 
     Attributes:
-        counts: action → calls in each bucket, the last one without a bound.
-        sums: action → milliseconds of all.
+        counts: key → how many fell in each bucket, the last one without a bound.
+        sums: key → milliseconds of all.
     """
 
     def __init__(self, buckets: tuple[int, ...] = BUCKETS) -> None:
         self.buckets = buckets
-        self.counts: dict[str, list[int]] = {}
-        self.sums: dict[str, float] = {}
+        self.counts: dict[tuple[str, ...], list[int]] = {}
+        self.sums: dict[tuple[str, ...], float] = {}
 
-    def add(self, action: str, seconds: float) -> None:
+    def add(self, seconds: float, *key: str) -> None:
         milliseconds = seconds * 1000
-        counts = self.counts.get(action)
+        counts = self.counts.get(key)
         if counts is None:
-            counts = self.counts[action] = [0] * (len(self.buckets) + 1)
-            self.sums[action] = 0.0
+            counts = self.counts[key] = [0] * (len(self.buckets) + 1)
+            self.sums[key] = 0.0
         counts[bisect_left(self.buckets, milliseconds)] += 1
-        self.sums[action] += milliseconds
+        self.sums[key] += milliseconds
 
     @contextlib.contextmanager
-    def of(self, action: str) -> Iterator[None]:
+    def of(self, *key: str) -> Iterator[None]:
         """Counts its block, however that ends."""
         began = time.monotonic()
         try:
             yield
         finally:
-            self.add(action, time.monotonic() - began)
+            self.add(time.monotonic() - began, *key)
 
 
 class Timed:

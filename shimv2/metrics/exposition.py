@@ -80,17 +80,19 @@ class Page:
         """A family by its label ``item``, as most of Kata's are."""
         self.add(name, help_, [({"item": item}, value) for item, value in values.items()])
 
-    def histogram(self, name: str, help_: str, durations: Durations, label: str = "action") -> None:
-        """What was counted, one series an action; `label` is "" for the only one."""
-        for action in sorted(durations.counts):
+    def histogram(
+        self, name: str, help_: str, durations: Durations, labels: tuple[str, ...] = ("action",)
+    ) -> None:
+        """What was counted; `labels` are the names of the parts of each key."""
+        for key, counts in durations.counts.items():
             family = self.family(name, help_, "histogram")
-            own = {label: action} if label else {}
+            own = dict(zip(labels, key, strict=True))
             total = 0
             bounds = (*map(str, durations.buckets), "+Inf")
-            for bound, count in zip(bounds, durations.counts[action], strict=True):
+            for bound, count in zip(bounds, counts, strict=True):
                 total += count
                 family.add(f"{name}_bucket", render({**own, "le": bound}), str(total))
-            family.add(f"{name}_sum", render(own), number(durations.sums[action]))
+            family.add(f"{name}_sum", render(own), number(durations.sums[key]))
             family.add(f"{name}_count", render(own), str(total))
 
     def merge(self, other: Page, labels: Mapping[str, str]) -> None:

@@ -43,7 +43,7 @@ def test_values_labels_and_escapes() -> None:
 def test_a_histogram() -> None:
     durations = Durations((1, 2, 4))
     for milliseconds in (0.5, 1, 3, 3.5, 100):
-        durations.add("start", milliseconds / 1000)
+        durations.add(milliseconds / 1000, "start")
     page = Page()
     page.histogram("h", "Calls.", durations)
     series = judged(page)["h"]
@@ -75,7 +75,7 @@ def test_a_family_of_another_kind_is_left_out() -> None:
 
 def test_what_was_written_is_read_as_it_was() -> None:
     durations = Durations()
-    durations.add("create", 0.3)
+    durations.add(0.3, "create")
     page = Page()
     page.histogram("h", "Calls.", durations)
     page.add("a", "One.", [({"x": 'q"\\\n,{}'}, -1.5e300)], "counter")
@@ -151,5 +151,5 @@ async def test_a_call_that_fails_counts_too() -> None:
     timed = Timed(Service(), durations)
     with pytest.raises(ValueError):
         await timed.CloseIO(None, None)
-    assert sum(durations.counts["close_io"]) == 1
+    assert sum(durations.counts["close_io",]) == 1
     assert not hasattr(timed, "Create")

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a shim by its management socket, from a program that speaks trio."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h11
+import trio
+
+_ANSWER_LIMIT = 16 << 20  # bytes
+_CHUNK = 64 << 10
+
+
+class FetchError(Exception):
+    """No answer, or one that is none; the message says why.
+
+    Attributes:
+        status: of the HTTP answer; 0 if there was none.
+        gone: nobody listens at that socket.
+    """
+
+    def __init__(self, message: str, *, status: int = 0, gone: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.gone = gone
+
+
+async def fetch(socket: Path, target: str, *, limit: float) -> bytes:
+    """The body of the answer to GET.
+
+    Args:
+        target: path and query, encoded.
+        limit: seconds for all of it.
+
+    Raises:
+        FetchError: nobody listens, no answer in time, one too long, or another status than 200.
+    """
+    try:
+        with trio.fail_after(limit):
+            try:
+                stream = await trio.open_unix_socket(str(socket))
+            except OSError as error:
+                raise FetchError(f"{socket}: {error.strerror or error}", gone=True) from error
+            async with stream:
+                return await _exchange(stream, target)
+    except trio.TooSlowError:
+        raise FetchError(f"{socket}: no answer in {limit:g} s") from None
+    except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
+        raise FetchError(f"{socket}: {error}") from error
+
+
+async def _exchange(stream: trio.SocketStream, target: str) -> bytes:
+    connection = h11.Connection(h11.CLIENT)
+    headers = [("Host", "localhost"), ("Connection", "close")]
+    request = connection.send(h11.Request(method="GET", target=target, headers=headers))
+    assert request is not None
+    await stream.send_all(request + (connection.send(h11.EndOfMessage()) or b""))
+    status = 0
+    body = bytearray()
+    while True:
+        event = connection.next_event()
+        if event is h11.NEED_DATA:
+            connection.receive_data(bytes(await stream.receive_some(_CHUNK)))
+        elif isinstance(event, h11.Response):
+            status = event.status_code
+        elif isinstance(event, h11.Data):
+            body += event.data
+            if len(body) > _ANSWER_LIMIT:
+                raise FetchError(f"an answer of more than {_ANSWER_LIMIT} bytes", status=status)
+        elif isinstance(event, h11.EndOfMessage):
+            break
+        elif isinstance(event, h11.ConnectionClosed):
+            raise FetchError("closed without an answer")
+    if status != 200:
+        text = bytes(body[:1000]).decode(errors="replace").strip()
+        raise FetchError(text or f"status {status}", status=status)
+    return bytes(body)
