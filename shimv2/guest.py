@@ -431,7 +431,7 @@ class Guest:
             "vmm": f"{vm.name} {vm.version}",
             "accelerator": vm.accelerator.value,
             "pid": str(vm.pid),
-            "vcpus": str(len(figures.vcpu_threads)),
+            "vcpus": str(figures.vcpus),
             "memory_mib": str(figures.memory_mib),
             "rss_bytes": str(figures.rss_bytes),
         }

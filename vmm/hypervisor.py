@@ -68,6 +68,8 @@ class VmConfig:
         max_vcpus, max_memory_mib, memory_slots: how far hot-plug may go.
         virtio_mem: memory comes and goes by virtio-mem, which needs no slots.
         shared_memory: guest memory can be mapped by vhost-user devices.
+        private_memory: what is restored maps the snapshot's memory copy-on-write, without a copy.
+            For a VM without `shared_memory` and balloon, before it is saved as well.
         accelerator: AUTO detects; asking for KVM where it can't work is an error.
         generation_id: a device that tells the guest's kernel when it goes on as a clone
             (vmgenid), where the VMM has one.
@@ -95,6 +97,7 @@ class VmConfig:
     memory_slots: int = 10
     virtio_mem: bool = False
     shared_memory: bool = True
+    private_memory: bool = False
     hugepages: bool = False
     mem_prealloc: bool = False
     accelerator: Accelerator = Accelerator.AUTO
@@ -293,12 +296,13 @@ class VmMetrics:
     """Figures about the VMM process, read from the host; the guest can't influence their type.
 
     Attributes:
-        vcpu_threads: host thread id by vCPU.
-        memory_mib: what the guest has now.
+        vcpu_threads: host thread id by vCPU, also of those that the guest does not use yet.
+        vcpus, memory_mib: what the guest has now.
     """
 
     pids: tuple[int, ...]
     vcpu_threads: Mapping[int, int]
+    vcpus: int
     memory_mib: int
     rss_bytes: int
     cpu_seconds: float

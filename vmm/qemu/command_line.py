@@ -11,7 +11,7 @@ from typing import Any
 
 from vmm.errors import VmmConfigError
 from vmm.hypervisor import Accelerator, VmConfig
-from vmm.qemu import acpi, kernel, memory, pci
+from vmm.qemu import kernel, memory, pci
 from vmm.qemu.devices import SERIAL_ID, Parts, pci_device
 
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
@@ -46,7 +46,6 @@ class Boot:
         qmp_fd: our connected end's peer, in QEMU's numbering.
         memory_fd: memory file of a restored VM.
         incoming: start paused, waiting for a saved state.
-        madt: file with the ACPI table that replaces QEMU's own.
     """
 
     config: VmConfig
@@ -57,7 +56,6 @@ class Boot:
     firmware: Path | None = None
     memory_fd: int | None = None
     incoming: bool = False
-    madt: Path | None = None
 
 
 def build(boot: Boot) -> list[str]:
@@ -68,10 +66,18 @@ def build(boot: Boot) -> list[str]:
     argv += ["-nodefaults", "-no-user-config", "-no-reboot", "-nographic", "-vga", "none"]
     argv += ["-sandbox", config.seccomp or SANDBOX]
     argv += ["-machine", _machine(boot), "-accel", _accelerator(boot)]
-    argv += ["-cpu", _cpu(boot), "-smp", _smp(config), "-m", _memory(config)]
+    argv += ["-cpu", _cpu(boot), "-smp", _smp(boot), "-m", _memory(config)]
     argv += [
         "-object",
-        _json(memory.backend(memory.MEMORY_ID, config.memory_mib, config, boot.memory_fd)),
+        _json(
+            memory.backend(
+                memory.MEMORY_ID,
+                config.memory_mib,
+                config,
+                boot.memory_fd,
+                private=boot.incoming and config.private_memory,
+            )
+        ),
     ]
     argv += ["-rtc", "base=utc,clock=host"]
     if boot.accelerator is Accelerator.KVM:
@@ -80,9 +86,8 @@ def build(boot: Boot) -> list[str]:
         argv += ["-bios", str(boot.firmware)]
     argv += ["-chardev", f"socket,id=qmp,fd={boot.qmp_fd}", "-mon", "chardev=qmp,mode=control"]
     parameters = kernel.command_line(config)
-    if boot.madt is not None:
-        argv += ["-acpitable", f"file={boot.madt}"]
-        parameters = f"{acpi.kernel_parameters(config.vcpus)} {parameters}"
+    if boots_all_vcpus(boot.accelerator):
+        parameters = f"maxcpus={config.vcpus} {parameters}"
     argv += ["-kernel", str(config.kernel), "-append", parameters]
     if config.initrd is not None:
         argv += ["-initrd", str(config.initrd)]
@@ -128,9 +133,23 @@ def _cpu(boot: Boot) -> str:
     return f"{model},{features}" if features else model
 
 
-def _smp(config: VmConfig) -> str:
+def boots_all_vcpus(accelerator: Accelerator) -> bool:
+    """Whether all vCPUs that there may ever be are there from the start, and the guest is told
+    to begin with fewer.
+
+    TCG hands out its buffer in regions, to each vCPU another; a vCPU that is plugged while none
+    is free ends QEMU (tcg/region.c asserts that there is one).  Nor does Linux believe in
+    pluggable vCPUs there: it counts those of QEMU's MADT only below a hypervisor that it knows
+    (arch/x86/kernel/acpi/boot.c).
+    """
+    return accelerator is Accelerator.TCG
+
+
+def _smp(boot: Boot) -> str:
+    config = boot.config
     most = max(config.vcpus, config.max_vcpus)
-    return f"{config.vcpus},sockets={most},cores=1,threads=1,maxcpus={most}"
+    first = most if boots_all_vcpus(boot.accelerator) else config.vcpus
+    return f"{first},sockets={most},cores=1,threads=1,maxcpus={most}"
 
 
 def _memory(config: VmConfig) -> str:

@@ -26,6 +26,7 @@ from vmm.errors import (
 )
 from vmm.hypervisor import (
     Accelerator,
+    BalloonDevice,
     BlockDevice,
     Capabilities,
     ConsoleDevice,
@@ -44,7 +45,6 @@ from vmm.hypervisor import (
 from vmm.kept_process import KeptProcess
 from vmm.process import HelperProcess
 from vmm.qemu import (
-    acpi,
     command_line,
     devices,
     fingerprint,
@@ -84,6 +84,7 @@ class Qemu(Hypervisor):
     def __init__(self, config: VmConfig) -> None:
         super().__init__(config)
         self._accelerator: Accelerator | None = None
+        self._vcpus = config.vcpus
         self._layout = pci.PciLayout()
         self._boot_devices: list[Device] = []
         self._boot_parts: list[Parts] = []
@@ -196,12 +197,11 @@ class Qemu(Hypervisor):
             vsock_hotplug=True,
             virtio_fs=self.config.shared_memory,
             vcpu_hotplug=more_vcpus,
-            # QEMU 7.2 under TCG leaks an unplugged vCPU and ends when it is plugged again.
-            vcpu_unplug=more_vcpus and self._accelerator is Accelerator.KVM,
+            vcpu_unplug=more_vcpus and not command_line.boots_all_vcpus(self.accelerator),
             memory_hotplug=memory.can_grow(self.config),
             memory_unplug=self.config.virtio_mem and memory.can_grow(self.config),
-            balloon=True,
-            save_restore=self.config.shared_memory and not self.config.hugepages,
+            balloon=not self.config.private_memory,
+            save_restore=memory.can_be_saved(self.config),
             vhost_user_vsock=self.config.shared_memory,
             vhost_vsock=True,
             multiqueue=True,
@@ -225,7 +225,7 @@ class Qemu(Hypervisor):
         return self._process.pid
 
     async def metrics(self) -> VmMetrics:
-        return await metrics.read(self._control, self.pid, self._hot.memory_mib)
+        return await metrics.read(self._control, self.pid, self._vcpus, self._hot.memory_mib)
 
     # -- devices ------------------------------------------------------------
 
@@ -252,7 +252,11 @@ class Qemu(Hypervisor):
             raise VmmConfigError(
                 f"{count} vCPUs are not between 1 and {self.config.max_vcpus}, this VM's limits"
             )
-        return await self._hot.resize_vcpus(count, shrink=self.capabilities.vcpu_unplug)
+        if command_line.boots_all_vcpus(self.accelerator):
+            self._vcpus = max(self._vcpus, count)  # they are there; the guest takes them
+        else:
+            self._vcpus = await self._hot.resize_vcpus(count)
+        return self._vcpus
 
     async def resize_memory(self, mib: int) -> int:
         return await self._hot.resize_memory(mib, self._layout.take_bridge_slot)
@@ -261,27 +265,29 @@ class Qemu(Hypervisor):
 
     async def save(self, directory: Path) -> None:
         if not self.capabilities.save_restore:
-            raise UnsupportedError("only a VM with shared memory and without hugepages is saved")
+            raise UnsupportedError("only a VM whose memory is a file without hugepages is saved")
         if self._hot.memory_mib != self.config.memory_mib:
             raise UnsupportedError("a VM whose memory has grown cannot be saved")
         await snapshot.save(self._control, self.pid, directory)
 
     async def restore(self, directory: Path) -> None:
         with snapshot.open_memory(directory, self.config.memory_mib) as source:
-            memory_fd = memory.make_file(self.config)
+            if not self.capabilities.save_restore:
+                raise UnsupportedError("only a VM with a memory file is restored")
+            private = self.config.private_memory
+            memory_fd = os.dup(source) if private else memory.make_file(self.config)
+            assert memory_fd is not None
             try:
-                if memory_fd is None:
-                    raise UnsupportedError("only a VM with a memory file is restored")
                 # QEMU starts while the memory is copied; it reads none before the state comes.
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(snapshot.copy_memory, source, memory_fd)
+                    if not private:
+                        nursery.start_soon(snapshot.copy_memory, source, memory_fd)
                     await self._launch(memory_fd, incoming=True)
             except BaseExceptionGroup as group:
                 await self.stop()
                 raise single_error(group) from None
             finally:
-                if memory_fd is not None:
-                    os.close(memory_fd)
+                os.close(memory_fd)
         try:
             await snapshot.load_state(self._control, directory)
         except BaseException:
@@ -370,7 +376,6 @@ class Qemu(Hypervisor):
             firmware=firmware.choose(self.config),
             memory_fd=memory_fd,
             incoming=incoming,
-            madt=self._write_madt(),
         )
         if memory_fd is not None:
             self._pass_fds.append(memory_fd)
@@ -396,15 +401,6 @@ class Qemu(Hypervisor):
             ours.close()
             await self.stop()
             raise
-
-    def _write_madt(self) -> Path | None:
-        """Under TCG the guest needs other words to believe in hot-pluggable vCPUs."""
-        config = self.config
-        if self._accelerator is not Accelerator.TCG or config.max_vcpus <= config.vcpus:
-            return None
-        path = config.state_dir / "madt"
-        path.write_bytes(acpi.madt(config.max_vcpus))
-        return path
 
     async def _await_control(self, process: HelperProcess, qmp: QmpClient) -> None:
         """Until QMP answers; the guest is running by then.  Raises VmmError if QEMU ends."""
@@ -433,6 +429,8 @@ class Qemu(Hypervisor):
         if self._exit is None:
             self._exit = self._explain_exit(process)
             self._exited.set()
+            if self._plugger is not None:
+                self._plugger.vm_gone()
 
     def _explain_exit(self, process: HelperProcess) -> VmExit:
         status = process.returncode
@@ -518,6 +516,9 @@ class Qemu(Hypervisor):
         )
         if vhost_user and not self.config.shared_memory:
             raise UnsupportedError(f"a {kind} device needs a VM with shared memory")
+        if isinstance(device, BalloonDevice) and self.config.private_memory:
+            # QEMU gives pages back by holes in the file, which is every clone's.
+            raise UnsupportedError("a VM with private memory has no balloon")
 
     def _forget_device(self, device_id: str) -> None:
         self._device_ids.discard(device_id)

@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from vmm.errors import UnsupportedError, VmmConfigError, VmmError
+from vmm.errors import UnsupportedError, VmmConfigError, VmmError, VmmGoneError
 from vmm.hypervisor import VmConfig
 from vmm.qemu import pci
 from vmm.qemu.devices import Parts
@@ -33,6 +33,7 @@ class Plugger:
         self._lock = trio.Lock()
         self._plugged: dict[str, Parts] = {}
         self._unplugging: dict[str, _Unplug] = {}
+        self._gone = False
         self._memory = HotMemory(qmp, config)
 
     def register(self, device_id: str, parts: Parts) -> None:
@@ -51,6 +52,12 @@ class Plugger:
             unplug.done = True
             unplug.event.set()
         elif event.name in ("DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"):
+            unplug.event.set()
+
+    def vm_gone(self) -> None:
+        """Nobody needs to wait any longer."""
+        self._gone = True
+        for unplug in self._unplugging.values():
             unplug.event.set()
 
     async def plug(self, device_id: str, parts: Parts) -> None:
@@ -86,6 +93,8 @@ class Plugger:
                     f"device {device_id!r} was there at boot, on the root bus: it stays"
                 )
             if not await self._delete_device(parts.device["id"], UNPLUG_TIMEOUT):
+                if self._gone:
+                    raise VmmGoneError(f"the VM ended before it released device {device_id!r}")
                 raise VmmError(
                     f"the guest did not release device {device_id!r} within {UNPLUG_TIMEOUT:g} s"
                 )
@@ -103,9 +112,8 @@ class Plugger:
             arguments = {"node-name": parts.device["drive"], "size": size}
             await self._qmp.execute("block_resize", arguments)
 
-    async def resize_vcpus(self, count: int, *, shrink: bool) -> int:
-        """Plug or (if `shrink`) unplug vCPUs, those of the boot excepted; returns how many
-        there are then."""
+    async def resize_vcpus(self, count: int) -> int:
+        """Plug or unplug vCPUs, those of the boot excepted; returns how many there are then."""
         async with self._lock:
             slots = await self._qmp.execute("query-hotpluggable-cpus")
             present = [slot for slot in slots if "qom-path" in slot]
@@ -117,7 +125,7 @@ class Plugger:
                     "device_add", {"driver": slot["type"], "id": f"cpu-{now}", **slot["props"]}
                 )
                 now += 1
-            while shrink and now > count:
+            while now > count:
                 name = f"cpu-{now - 1}"
                 if not any(slot["qom-path"].endswith(f"/{name}") for slot in present):
                     break  # there since the boot: it stays

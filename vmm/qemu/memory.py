@@ -36,6 +36,8 @@ def check(config: VmConfig) -> None:
         raise VmmConfigError(f"maximum memory of {config.max_memory_mib} MiB is absurd")
     if not 0 <= config.memory_slots <= 256:
         raise VmmConfigError(f"memory slots {config.memory_slots} are not between 0 and 256")
+    if config.private_memory and (config.shared_memory or config.hugepages):
+        raise VmmConfigError("private memory is neither shared nor of huge pages")
 
 
 def can_grow(config: VmConfig) -> bool:
@@ -50,7 +52,12 @@ def virtio_mem_mib(config: VmConfig) -> int:
 
 
 def backend(
-    object_id: str, mib: int, config: VmConfig, file_fd: int | None = None
+    object_id: str,
+    mib: int,
+    config: VmConfig,
+    file_fd: int | None = None,
+    *,
+    private: bool = False,
 ) -> dict[str, Any]:
     """The memory backend object; nothing of it has a name in a file system, so a killed VM
     leaves no memory behind.
@@ -58,6 +65,7 @@ def backend(
     Args:
         file_fd: an open memory file to use as it is, by its number in QEMU.  To QEMU it is a
             named file: from version 8 on x-ignore-shared leaves out no others.
+        private: what is written does not go into that file.
     """
     size = mib << 20
     arguments: dict[str, Any]
@@ -65,7 +73,7 @@ def backend(
         arguments = {
             "qom-type": "memory-backend-file",
             "mem-path": f"/proc/self/fd/{file_fd}",
-            "share": True,
+            "share": not private,
         }
     elif config.hugepages:
         arguments = {
@@ -85,11 +93,16 @@ def backend(
 
 def make_file(config: VmConfig) -> int | None:
     """An empty anonymous file for all of the boot memory, or None where QEMU makes its own."""
-    if config.hugepages or not config.shared_memory:
+    if not can_be_saved(config):
         return None
     fd = os.memfd_create(MEMFD_NAME)
     os.ftruncate(fd, config.memory_mib << 20)
     return fd
+
+
+def can_be_saved(config: VmConfig) -> bool:
+    """Whether the memory is a file of ours that a snapshot can take over."""
+    return (config.shared_memory or config.private_memory) and not config.hugepages
 
 
 def growth(current_mib: int, wanted_mib: int) -> int:

@@ -11,7 +11,7 @@ from vmm.hypervisor import VmMetrics
 from vmm.qemu.qmp_client import QmpClient
 
 
-async def read(qmp: QmpClient, pid: int, memory_mib: int) -> VmMetrics:
+async def read(qmp: QmpClient, pid: int, vcpus: int, memory_mib: int) -> VmMetrics:
     """vCPU threads by QMP, the rest from /proc (proc(5): stat, statm)."""
     cpus = await qmp.execute("query-cpus-fast")
     threads = {int(cpu["cpu-index"]): int(cpu["thread-id"]) for cpu in cpus}
@@ -25,6 +25,7 @@ async def read(qmp: QmpClient, pid: int, memory_mib: int) -> VmMetrics:
     return VmMetrics(
         pids=(pid,),
         vcpu_threads=threads,
+        vcpus=vcpus,
         memory_mib=memory_mib,
         rss_bytes=resident * os.sysconf("SC_PAGE_SIZE"),
         cpu_seconds=ticks / os.sysconf("SC_CLK_TCK"),

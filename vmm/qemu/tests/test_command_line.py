@@ -21,7 +21,7 @@ from vmm.hypervisor import (
     VmConfig,
     VsockDevice,
 )
-from vmm.qemu import acpi, command_line, devices, kernel, memory, pci
+from vmm.qemu import command_line, devices, kernel, memory, pci
 
 CONFIG = VmConfig(
     id="a,b",
@@ -53,12 +53,13 @@ def test_what_is_always_there() -> None:
     assert options(argv, "-sandbox") == [command_line.SANDBOX]
     assert options(argv, "-name") == ["sandbox-a,,b,debug-threads=on"]
     assert options(argv, "-m") == ["2048M,slots=10,maxmem=9216M"]
-    assert options(argv, "-smp") == ["1,sockets=4,cores=1,threads=1,maxcpus=4"]
+    assert options(argv, "-smp") == ["4,sockets=4,cores=1,threads=1,maxcpus=4"]
     backend = json.loads(options(argv, "-object")[0])
     assert backend["qom-type"] == "memory-backend-memfd"
     assert backend["share"] is True
     append = options(argv, "-append")[0]
     assert "root=/dev/vda1 ro rootfstype=erofs" in append
+    assert append.startswith("maxcpus=1 "), "TCG has all vCPUs from the start"
     assert append.endswith("agent.log=debug")
     ports = [
         d for d in map(json.loads, options(argv, "-device")) if d["driver"] == "pcie-root-port"
@@ -67,33 +68,23 @@ def test_what_is_always_there() -> None:
 
 
 def test_variants() -> None:
-    assert options(build(accelerator=Accelerator.KVM), "-accel") == ["kvm"]
-    assert options(build(accelerator=Accelerator.KVM), "-cpu") == ["host"]
+    kvm = build(accelerator=Accelerator.KVM)
+    assert options(kvm, "-accel") == ["kvm"]
+    assert options(kvm, "-cpu") == ["host"]
+    assert options(kvm, "-smp") == ["1,sockets=4,cores=1,threads=1,maxcpus=4"]
+    assert "maxcpus" not in options(kvm, "-append")[0]
     config = replace(CONFIG, cpu_features="pmu=off", seccomp="off", max_memory_mib=2048)
     assert options(build(config), "-cpu") == ["max,-erms,pmu=off"]
     assert options(build(config), "-sandbox") == ["off"]
     assert options(build(config), "-m") == ["2048M"]
+    elastic = replace(CONFIG, virtio_mem=True, memory_slots=0)
+    assert options(build(elastic), "-m") == ["2048M,maxmem=9216M"]
     assert "-S" in build(incoming=True)
     huge = json.loads(options(build(replace(CONFIG, hugepages=True)), "-object")[0])
     assert huge["hugetlb"] is True
     assert huge["prealloc"] is True
     private = json.loads(options(build(replace(CONFIG, shared_memory=False)), "-object")[0])
     assert private["qom-type"] == "memory-backend-ram"
-    madt = build(madt=Path("/run/vm/madt"))
-    assert options(madt, "-acpitable") == ["file=/run/vm/madt"]
-    assert "acpi_apic_instance=2 maxcpus=1" in options(madt, "-append")[0]
-
-
-def test_madt() -> None:
-    table = acpi.madt(3)
-    signature, length = struct.unpack_from("<4sI", table)
-    assert (signature, length, sum(table) & 0xFF) == (b"APIC", len(table), 0)
-    kinds, position = [], 44
-    while position < len(table):
-        kinds.append(table[position])
-        position += table[position + 1]
-    assert position == len(table)
-    assert kinds.count(0) == 3
 
 
 def test_slots() -> None:

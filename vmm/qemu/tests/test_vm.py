@@ -55,7 +55,8 @@ async def test_boot_console_metrics_and_stop(vm_config: VmConfig, boot: Any) -> 
         pid = vm.pid
         metrics = await vm.metrics()
         assert metrics.pids == (pid,)
-        assert list(metrics.vcpu_threads) == [0]
+        assert metrics.vcpus == 1
+        assert (await shell.run("busybox nproc"))[1] == "1"
         assert Path(f"/proc/{pid}/task/{metrics.vcpu_threads[0]}").exists()
         assert metrics.rss_bytes > 20 << 20
         assert metrics.cpu_seconds > 0
@@ -219,6 +220,7 @@ async def test_serial_port_and_balloon(vm_config: VmConfig, boot: Any) -> None:
 async def test_resize_vcpus(vm_config: VmConfig, boot: Any) -> None:
     async with boot(vm_config) as (vm, shell):
         assert await vm.resize_vcpus(2) == 2
+        assert (await shell.run("busybox nproc"))[1] == "1"
         cpu1 = "/sys/devices/system/cpu/cpu1"
         status, _ = await shell.run(
             f"while [ ! -d {cpu1} ]; do busybox usleep 10000; done; echo 1 >{cpu1}/online"
@@ -291,6 +293,35 @@ async def test_save_and_restore(
             script = "until busybox head -c 7 /dev/vdb 2>/dev/null; do busybox usleep 10000; done"
             assert (await shell.run(script))[1] == "plugged"
     assert (tmp_path / "memory").stat().st_mtime_ns == memory_file.st_mtime_ns
+
+
+async def test_clones_that_map_the_saved_memory(
+    vm_config: VmConfig, boot: Any, shell_on: Any, tmp_path: Path, state_dir: Path
+) -> None:
+    config = replace(vm_config, shared_memory=False, private_memory=True)
+    async with boot(config) as (vm, shell):
+        with pytest.raises(UnsupportedError, match="balloon"):
+            await vm.add_device(BalloonDevice("b"))
+        await shell.run("echo remembered >/mnt/note")
+        await vm.pause()
+        await vm.save(tmp_path)
+    before = (tmp_path / "memory").read_bytes()
+    for number in range(2):  # what one wrote is not the other's
+        console = ConsoleDevice("console0", state_dir / "console.sock")
+        async with Qemu(config) as clone:
+            await clone.prepare()
+            await clone.add_device(console)
+            async with await trio.open_unix_socket(str(console.socket)) as stream:
+                await clone.restore(tmp_path)
+                await clone.resume()
+                shell = shell_on(stream)
+                assert (await shell.run("busybox cat /mnt/note"))[1] == "remembered"
+                await shell.run(f"echo {number} >/mnt/note; busybox sync")
+                assert (await shell.run("busybox cat /mnt/note"))[1] == str(number)
+                mapped = Path(f"/proc/{clone.pid}/smaps").read_text()
+                (entry,) = re.findall(rf"\S+ r[-w]-(.) .* {tmp_path / 'memory'}\n", mapped) or "?"
+                assert entry == "p"
+        assert (tmp_path / "memory").read_bytes() == before
 
 
 @pytest.mark.parametrize("missing", ["state", "memory"])
