@@ -4,15 +4,25 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from integration.lib.kata import Kata, wait_until
+from integration.lib.containerd import Containerd
+from integration.lib.kata import EventLog, Kata, Pod, wait_until
 
 _MIB = 1 << 20
-_HALF_A_CPU = ("--cpus", "0.5")
 
 needs_two_cpus = pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="the host has one CPU")
+
+
+@pytest.fixture
+def events(containerd: Containerd) -> Iterator[EventLog]:
+    log = EventLog(containerd)
+    yield log
+    log.close()
 
 
 def _memory_mib(kata: Kata, container_id: str) -> int:
@@ -48,25 +58,99 @@ def test_a_limit_that_no_host_has_is_refused(kata: Kata) -> None:
     assert "default_maxmemory" in done.stderr
 
 
-def test_a_container_gets_its_quota_of_cpu_time(kata: Kata) -> None:
-    """Measured by what a busy loop has used, not by what a file says."""
-    container_id = kata.start("sh", "-c", "while :; do :; done", flags=_HALF_A_CPU)
-    script = "s=$(cut -d' ' -f1 /proc/uptime); a=$(cut -d' ' -f14,15 /proc/1/stat); sleep 6; "
-    script += "echo $s $a $(cut -d' ' -f1 /proc/uptime) $(cut -d' ' -f14,15 /proc/1/stat)"
-    begin, user, system, end, user_after, system_after = map(
-        float, kata.execute(container_id, "sh", "-c", script).stdout.split()
-    )
-    used = (user_after + system_after - user - system) / 100
-    assert 0.35 < used / (end - begin) < 0.6
+class Loops:
+    """Containers that count as fast as they can, and tell how far they are."""
+
+    def __init__(self, kata: Kata, directory: Path) -> None:
+        self._kata = kata
+        self._directory = directory
+        self._containers: dict[str, str] = {}
+
+    def add(self, pod: Pod, name: str, *flags: str) -> None:
+        file = self._directory / name
+        script = f"i=0; trap 'echo $i >> /out/{name}' USR1; : > /out/{name};"
+        script += " while :; do i=$((i+1)); done"
+        mount = f"type=bind,src={self._directory},dst=/out,options=rbind:rw"
+        self._containers[name] = pod.start("sh", "-c", script, flags=("--mount", mount, *flags))
+        wait_until(file.exists, 10, f"{name} counts")
+
+    def speeds(self, seconds: float) -> dict[str, float]:
+        """Rounds a second of each."""
+        first, begin = self._counts(1), time.monotonic()
+        time.sleep(seconds)  # in which they work
+        second, end = self._counts(2), time.monotonic()
+        return {name: (second[name] - first[name]) / (end - begin) for name in first}
+
+    def _counts(self, time_asked: int) -> dict[str, int]:
+        for container in self._containers.values():
+            self._kata.ctr("task", "kill", "-s", "SIGUSR1", container)
+
+        def counts() -> dict[str, int]:
+            files = {name: self._directory / name for name in self._containers}
+            lines = {name: file.read_text().splitlines() for name, file in files.items()}
+            return {n: int(found[-1]) for n, found in lines.items() if len(found) == time_asked}
+
+        wait_until(lambda: len(counts()) == len(self._containers), 10, "all have told")
+        return counts()
 
 
-def test_who_takes_too_much_memory_is_killed_alone(kata: Kata) -> None:
+@needs_two_cpus
+@pytest.mark.one_edition
+def test_a_container_gets_its_share_of_work(kata: Kata, tmp_path: Path) -> None:
+    """min(vCPUs, quota): 0.4 of a CPU beside two without a quota on what is left of two vCPUs."""
+    loops = Loops(kata, tmp_path)
+    with kata.pod() as pod:
+        loops.add(pod, "limited", "--cpus", "0.4")
+        loops.add(pod, "free")
+        speed = loops.speeds(6)
+        assert 0.25 < speed["limited"] / speed["free"] < 0.55, speed
+        loops.add(pod, "second")
+        loops.add(pod, "third")
+        for file in tmp_path.iterdir():
+            file.write_text("")
+        shared = loops.speeds(6)
+        assert sum(shared.values()) < 1.3 * sum(speed.values()) * 2 / 1.4, (speed, shared)
+        assert 0.2 < shared["limited"] / speed["free"] < 0.55, "as much as before, not more"
+
+
+_SMALL_VM = ("--annotation", "io.katacontainers.config.hypervisor.default_memory=256")
+
+
+def _takes(kata: Kata, container: str, mib: int) -> bool:
+    """Whether a process there gets so much memory; it is killed if not."""
+    words = ("dd", "if=/dev/zero", "of=/dev/null", f"bs={mib}M", "count=1")
+    done = kata.execute(container, *words, check=False)
+    assert done.returncode in (0, 137), done.stderr
+    return done.returncode == 0
+
+
+@pytest.mark.one_edition
+def test_both_walls_of_memory(kata: Kata, events: EventLog) -> None:
+    """min(VM, limit), by how much a process can use before it is killed."""
+    with kata.pod(flags=_SMALL_VM) as pod:
+        limited = pod.start("sleep", "1000", flags=("--memory-limit", str(64 * _MIB)))
+        free = pod.start("sleep", "1000")
+        assert _takes(kata, limited, 48)
+        assert not _takes(kata, limited, 80)
+        wait_until(lambda: "/tasks/oom" in events.topics(limited), 5, "TaskOOM of the limited one")
+        assert "/tasks/oom" not in events.topics(free)
+        assert _takes(kata, free, 192)
+        # The VM has 256 MiB, and the 64 of the other's limit, which come as 128.
+        taken = kata.execute(free, "tail", "/dev/zero", check=False)
+        assert taken.returncode == 137, taken.stderr
+        for container in (limited, free):
+            assert kata.execute(container, "echo", "alive").stdout == "alive\n"
+            assert kata.status(container) == "RUNNING"
+
+
+def test_who_takes_too_much_memory_is_killed_alone(kata: Kata, events: EventLog) -> None:
     with kata.pod() as pod:
         other = pod.start("sleep", "1000")
         greedy = pod.start(
             *("sh", "-c", "exec tail /dev/zero"), flags=("--memory-limit", str(64 * _MIB))
         )
         wait_until(lambda: kata.status(greedy) == "STOPPED", 60, "it was killed")
+        wait_until(lambda: "/tasks/oom" in events.topics(greedy), 5, "TaskOOM")
         assert kata.delete(greedy) == 137
         pod.members.remove(greedy)
         assert kata.status(other) == "RUNNING"
