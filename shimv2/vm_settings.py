@@ -11,6 +11,7 @@ from shimv2.config import Config
 from shimv2.network.pod_network import NetworkSettings
 from shimv2.resources import Demand, Size, wanted_size
 from shimv2.state import vm_dir
+from vmm import vsock
 from vmm.hypervisor import Accelerator, Placement, VmConfig
 
 SHARE_TAG = "kataShared"  # facts/guest-layout: the tag Kata's agent looks for
@@ -40,6 +41,9 @@ def vm_config(
         fixed: its size for good.
     """
     hypervisor = config.hypervisor
+    # virtiofsd and our own vsock map the guest's memory; a balloon can't be in a private clone.
+    shared = hypervisor.shared_fs != "none" or vsock.resolve(hypervisor.vsock) == "vhost-user"
+    private = clonable and not shared and not hypervisor.reclaim_guest_freed_memory
     size = fixed or own_size(config)
     most = fixed or most_size(config)
     return VmConfig(
@@ -61,7 +65,8 @@ def vm_config(
         max_memory_mib=most.memory_mib,
         memory_slots=hypervisor.memory_slots,
         virtio_mem=hypervisor.enable_virtio_mem,
-        shared_memory=True,
+        shared_memory=shared or (clonable and not private),
+        private_memory=private,
         hugepages=hypervisor.enable_hugepages,
         mem_prealloc=hypervisor.enable_mem_prealloc,
         accelerator=Accelerator(hypervisor.accelerator),

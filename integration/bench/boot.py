@@ -19,23 +19,26 @@ from vmm.qemu.driver import Qemu
 def measure(prefix: Path, runs: int) -> list[Figure]:
     """Both yardsticks."""
     bare = Figure("bare boot to PID 1", "kata", "s")
-    bare.measure(runs, lambda: trio.run(_bare_boot, prefix))
+    assets = prefix / "share/kata-containers"
+    kernel, image = assets / "vmlinux.container", assets / "kata-containers.img"
+    bare.measure(runs, lambda: trio.run(bare_boot, kernel, image))
     start = Figure("shim start returns", "kata", "ms", "≤ 70")
     start.measure(runs, lambda: _start(prefix) * 1000)
     return [bare, start]
 
 
-async def _bare_boot(prefix: Path) -> float:
+async def bare_boot(kernel: Path, image: Path | None, initrd: Path | None = None) -> float:
     """PID 1 is a program that ends at once: the kernel panics, and the VMM ends with it."""
-    assets = prefix / "share/kata-containers"
+    first = "init" if image is not None else "rdinit"
     with tempfile.TemporaryDirectory(prefix="pykata-") as directory:
         config = VmConfig(
             id="bench",
             state_dir=Path(directory, "vm"),
             binary=Path("/usr/bin/qemu-system-x86_64"),
-            kernel=assets / "vmlinux.container",
-            image=assets / "kata-containers.img",
-            kernel_params="init=/bin/true panic=-1",
+            kernel=kernel,
+            image=image,
+            initrd=initrd,
+            kernel_params=f"{first}=/bin/true panic=-1",
         )
         begin = time.monotonic()
         async with Qemu(config) as vm:

@@ -23,7 +23,15 @@ __all__ = [
     "VsockNoAnswer",
     "VsockRefused",
     "open_channel",
+    "resolve",
 ]
+
+
+def resolve(kind: str) -> str:
+    """What ``auto`` stands for on this host; other kinds as they are."""
+    if kind != "auto":
+        return kind
+    return "vhost" if vhost.available() else "vhost-user"
 
 
 def open_channel(
@@ -47,9 +55,7 @@ def open_channel(
     Raises:
         VmmConfigError: there is no such kind.
     """
-    if kind == "auto":
-        kind = "vhost" if vhost.available() else "vhost-user"
-    match kind:
+    match kind := resolve(kind):
         case "vhost":
             return VhostChannel()
         case "vhost-user":

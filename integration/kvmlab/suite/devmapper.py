@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from integration.kvmlab.suite.node import CONTAINERD_CONFIG, configured
-from integration.kvmlab.suite.system import SystemContainerd
+from integration.kvmlab.suite.system import SystemContainerd, command_line, kata_configuration
 from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
 from integration.lib.leftovers import left_by
@@ -79,3 +80,34 @@ def test_a_container_on_a_thin_volume(kata: Kata, snapshotter: str) -> None:
     assert kata.run("cat", "/data", flags=flags, check=False).returncode != 0
     left = left_by(kata.mark)
     assert not left, f"left behind: {left}"
+
+
+def test_clones_map_the_memory_of_their_template(
+    kata: Kata, snapshotter: str, tmp_path: Path
+) -> None:
+    """With a block device as root and the kernel's vsock no device needs shared memory."""
+    configuration = kata_configuration(
+        '[hypervisor.qemu]\nshared_fs = "none"\n'
+        f'[factory]\nenable_template = true\ntemplate_path = "{tmp_path}/t"\n'
+    )
+    factory = ("kata-runtime", "--config", configuration, "factory")
+    subprocess.run([*factory, "init"], check=True, timeout=300)
+    try:
+        (memory,) = tmp_path.glob("t/*/memory")
+        before = hashlib.sha256(memory.read_bytes()).digest()
+        flags = ("--snapshotter", snapshotter, "--runtime-config-path", str(configuration))
+        clones = [kata.start("sleep", "1000", flags=flags) for _ in range(2)]
+        for number, container_id in enumerate(clones):
+            vmm = kata.pid_of(container_id, "vmm")
+            assert "-incoming" in command_line(vmm)
+            mapped = Path(f"/proc/{vmm}/smaps").read_text().splitlines()
+            kinds = {line.split()[1][3] for line in mapped if line.endswith(f" {memory}")}
+            assert kinds == {"p"}, "its memory is the template's, copy-on-write"
+            script = f"echo {number} >/mine; sync; cat /mine"
+            assert kata.execute(container_id, "sh", "-c", script).stdout == f"{number}\n"
+        for number, container_id in enumerate(clones):
+            assert kata.execute(container_id, "cat", "/mine").stdout == f"{number}\n"
+            kata.remove(container_id)
+        assert hashlib.sha256(memory.read_bytes()).digest() == before
+    finally:
+        subprocess.run([*factory, "destroy"], check=True)
