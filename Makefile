@@ -113,6 +113,7 @@ bench: go venv guest stage ## the tables of figures, beside runc's (long; wants 
 	$(BIN)/python -m integration.bench $(BENCH)
 	for kind in cold template cache; do $(BIN)/python -m integration.bench.density --kind $$kind || exit 1; done
 	$(BIN)/python -m integration.bench.loss --cache never always
+	$(BIN)/python -m integration.bench.guests
 
 proto: ## Python from the .proto files
 	protoc -I. --python_out=. --pyi_out=. agent/api/*.proto shimv2/api/*.proto
