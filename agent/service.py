@@ -300,6 +300,12 @@ class AgentService:
 
         return volumes.volume_stats(request.volume_guest_path)
 
+    def ResizeVolume(self, request: Any) -> Answer:
+        from agent import volumes
+
+        timeout = self._sandbox.config.hotplug_timeout
+        return _then_empty(volumes.resize_volume(request.volume_guest_path, request.size, timeout))
+
 
 def _then_empty(work: Generator[Any, Any, None]) -> Generator[Any, Any, Any]:
     yield from work

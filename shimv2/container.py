@@ -58,6 +58,7 @@ class Container:
     Attributes:
         spec: the validated OCI spec.
         paused: its guest cgroup is frozen.
+        files: what it has of the host's storage, while it has.
     """
 
     def __init__(self, sandbox: Sandbox, spec: Spec, bundle: str, init: Process) -> None:
@@ -70,7 +71,7 @@ class Container:
         self.lock = trio.Lock()
         self._sandbox = sandbox
         self._life: Life | None = None
-        self._files: ContainerFiles | None = None
+        self.files: ContainerFiles | None = None
         self._in_guest = False  # or may be, for what we know
         self._hooks_ran = False
         self._deleted = False
@@ -85,7 +86,7 @@ class Container:
         """
         self._life = life
         self.spec.check_container()
-        files = self._files = ContainerFiles(
+        files = self.files = ContainerFiles(
             self._sandbox.share, self.spec, self.id, self.bundle, self._sandbox.id
         )
         files.mount(mounts, disks=not life.origin.config.hypervisor.disable_block_device_use)
@@ -352,11 +353,11 @@ class Container:
     async def release(self) -> None:
         """Let go of what the host holds for it: streams, shared directories, mounts."""
         await self.init.close_stdio()
-        if self._files is not None:
+        if self.files is not None:
             if self._life is not None and self._life.is_running:
-                await self._files.unplug()
-            self._files.release()
-            self._files = None
+                await self.files.unplug()
+            self.files.release()
+            self.files = None
 
     # --- while it runs ------------------------------------------------------------------
 

@@ -88,6 +88,14 @@ class ContainerFiles:
             log.warning("mount left out: %s", reason)
         self.mounts, self.storages = shared.mounts, shared.storages
         self._direct, self._devices = shared.direct, shared.devices
+        for volume in self._direct:
+            readonly = volume.record.readonly or volume.mount.readonly
+            self.mounts[volume.position] = Mount(
+                volume.mount.destination,
+                "bind",
+                direct_mount_point(volume.source),
+                ["rbind", "ro" if readonly else "rw"],
+            )
 
     async def plug(self, drives: Drives, oci: oci_pb2.Spec) -> None:
         """The disks.  On an error call `unplug` and `release`.
@@ -123,6 +131,22 @@ class ContainerFiles:
                 with contextlib.suppress(OSError):
                     direct_volumes.disclaim(volume.source, self._sandbox_id)
 
+    def has_volume(self, source: str) -> bool:
+        """Whether a direct volume with this path is one of its mounts, plugged."""
+        return self._drives is not None and any(v.source == source for v in self._direct)
+
+    async def grow(self, source: str, size: int) -> None:
+        """The disk of a direct volume has grown on the host; tell the guest.
+
+        Raises:
+            DriveError: it has less than `size` bytes.
+            VmmError: the VMM refused it.
+        """
+        assert self._drives is not None
+        for volume in self._direct:
+            if volume.source == source:
+                await self._drives.grow(volume.record.device, size)
+
     async def _plug_rootfs(self, rootfs: GuestRootfs, drives: Drives) -> None:
         points = []
         for layer in rootfs.layers:
@@ -155,7 +179,6 @@ class ContainerFiles:
 
     async def _plug_volume(self, volume: DirectMount, drives: Drives) -> None:
         record = volume.record
-        readonly = record.readonly or volume.mount.readonly
         drive = await drives.plug(record.device, self._id, readonly=record.readonly)
         point = direct_mount_point(volume.source)
         storage = _storage(drive, record.fstype, record.options, point)
@@ -163,8 +186,6 @@ class ContainerFiles:
             storage.fs_group.group_id = record.group
             storage.fs_group.group_change_policy = _POLICIES[record.policy]
         self.storages.append(storage)
-        options = ["rbind", "ro" if readonly else "rw"]
-        self.mounts[volume.position] = Mount(volume.mount.destination, "bind", point, options)
         direct_volumes.claim(volume.source, self._sandbox_id)
 
 

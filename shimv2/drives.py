@@ -115,17 +115,21 @@ class Drives:
                     continue
                 del self._drives[identity]
 
-    async def grown(self, path: Path) -> None:
+    async def grow(self, path: Path, size: int) -> None:
         """Tell the guest that a disk has become larger on the host; nothing if it has it not.
 
         Raises:
+            DriveError: it has less than `size` bytes.
             VmmError: the VMM refused it.
         """
         async with self._lock:
+            there = _size(path)
+            if there < size:
+                raise DriveError(f"disk {path} has {there} bytes, {size} are wanted")
             for readonly in (False, True):
                 drive = self._drives.get(_identify(path, readonly))
                 if drive is not None:
-                    await self._guest.vm.resize_disk(drive.id, _size(path))
+                    await self._guest.vm.resize_disk(drive.id, there)
 
     def _device(self, name: str, path: Path, readonly: bool) -> BlockDevice:
         config = self._config
@@ -196,5 +200,8 @@ def _identify(path: Path, readonly: bool) -> _Identity:
 
 
 def _size(path: Path) -> int:
-    with path.open("rb") as file:
-        return file.seek(0, os.SEEK_END)
+    try:
+        with path.open("rb") as file:
+            return file.seek(0, os.SEEK_END)
+    except OSError as error:
+        raise DriveError(f"disk {path}: {error.strerror}") from error

@@ -75,17 +75,18 @@ class Life:
         self._network: PodNetwork | None = None
         self._failure: Exception | None = None
         self._decided = trio.Event()  # booted, or failed
+        self._ending = False  # somebody asked for its end; now or soon it is stopped
         self._stop = trio.Event()
         self._ended = trio.Event()
 
     @property
     def is_running(self) -> bool:
-        return self._guest is not None and not self._ended.is_set() and not self._stop.is_set()
+        return self._guest is not None and not self._ended.is_set() and not self._ending
 
     @property
     def was_stopped(self) -> bool:
         """Somebody asked for its end."""
-        return self._stop.is_set()
+        return self._ending
 
     async def guest(self) -> Guest:
         """The booted guest; waits for the end of the boot.
@@ -117,9 +118,12 @@ class Life:
 
     async def stop(self) -> None:
         """End the VM, however far it is, and wait until its processes are gone."""
-        if self.is_running and self.drives is not None and self.drives.written:
-            await self._write_back()
-        self._stop.set()
+        if not self._ending:
+            write_back = self.is_running and self.drives is not None and self.drives.written
+            self._ending = True
+            if write_back:
+                await self._write_back()
+            self._stop.set()
         await self._ended.wait()
 
     async def _write_back(self) -> None:
@@ -149,7 +153,7 @@ class Life:
         finally:
             self._decided.set()
             self._ended.set()
-            self._sandbox.life_ended(self, reason, asked_for=self._stop.is_set())
+            self._sandbox.life_ended(self, reason, asked_for=self._ending)
 
     async def _cancel_on_stop(self, scope: trio.CancelScope) -> None:
         await self._stop.wait()

@@ -94,12 +94,15 @@ def test_malformed_pci_paths(path: str) -> None:
 def test_numbers_of_the_guest_replace_the_hosts(guest: tuple[str, str]) -> None:
     # the host's number of one is the guest's of the other: no mix-up
     spec = _spec(("/dev/x", "b", 254, 16), ("/dev/y", "b", 254, 0), ("/dev/null", "c", 1, 3))
+    limits = spec.Linux.Resources.BlockIO.ThrottleReadBpsDevice
+    limits.add(Major=254, Minor=16, Rate=1000)
     _attach(
         guest,
         spec,
         {"type": "blk", "id": "03", "container_path": "/dev/x"},
         {"type": "blk", "id": "02/0a", "container_path": "/dev/y"},
     )
+    assert [(limit.Major, limit.Minor) for limit in limits] == [(254, 0)]
     assert _numbers(spec) == [
         ("/dev/x", "b", 254, 0),
         ("/dev/y", "b", 254, 16),

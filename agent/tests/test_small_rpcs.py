@@ -139,3 +139,12 @@ def test_waiting_runs_to_the_end() -> None:
         return "not reached"
 
     assert waiting.run(work()) == "timed out waiting for never; 3 input"
+
+
+def test_a_volume_that_cannot_grow(tmp_path: Path) -> None:
+    with pytest.raises(RpcError, match="nothing is mounted") as caught:
+        waiting.run(volumes.resize_volume(str(tmp_path), 1 << 20, 0.1))
+    assert caught.value.code == Code.NOT_FOUND
+    with pytest.raises(RpcError, match="proc can't grow") as caught:
+        waiting.run(volumes.resize_volume("/proc", 1 << 20, 0.1))
+    assert caught.value.code == Code.UNIMPLEMENTED

@@ -293,6 +293,39 @@ def test_block_device_appears_later(tmp_path: Path) -> None:
     assert storages.mount_points() == []
 
 
+def test_a_file_system_on_several_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dev, sysfs = tmp_path / "dev", tmp_path / "sys"
+    dev.mkdir()
+    for number in (1, 2):
+        (dev / f"vd{number}").touch()
+        device = sysfs / f"devices/pci0000:00/0000:00:0{number}.0"
+        (device / f"virtio{number}/block/vd{number}").mkdir(parents=True)
+    seen: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(
+        storage.mounts,
+        "mount",
+        lambda source, point, fstype, options: seen.append((source, options)),
+    )
+    monkeypatch.setattr(storage.mounts, "unmount", lambda point: None)
+    storages = storage.Storages(sysfs=str(sysfs), dev=str(dev))
+    point = _attach(
+        storages,
+        driver="blk",
+        source="01",
+        fstype="erofs",
+        options=["ro"],
+        driver_options=[f"{storage.EXTRA_DEVICE}=02"],
+        mount_point=f"{tmp_path}/point",
+    )
+    assert seen == [(f"{dev}/vd1", ["ro", f"device={dev}/vd2"])]
+    (step,) = list(storages.flush([point, "/other"]))
+    assert isinstance(step, waiting.Command)
+    assert step.argv == [storage.SYNC, "-f", point]
+    assert len(list(storages.flush())) == 1
+    storages.detach(point)
+    assert list(storages.flush()) == []
+
+
 def test_fs_group(tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")

@@ -60,6 +60,15 @@ def busybox_layer(extra: Mapping[str, bytes] | None = None) -> bytes:
     return out.getvalue()
 
 
+def layer_of(files: Mapping[str, bytes]) -> bytes:
+    """An uncompressed layer of a few files."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in sorted(files.items()):
+            _add(tar, name, data, mode=0o755)
+    return out.getvalue()
+
+
 class Image:
     """An OCI image in memory.
 

@@ -28,6 +28,7 @@ class Kata:
 
     Args:
         namespace: containerd's; one of the test's own keeps others out.
+        image: of all containers.
 
     Attributes:
         mark: is in the id of every container of this test run, and of no other.
@@ -35,8 +36,14 @@ class Kata:
 
     mark = f"t{os.getpid()}-"
 
-    def __init__(self, containerd: Containerd, namespace: str = "default") -> None:
+    def __init__(
+        self,
+        containerd: Containerd,
+        namespace: str = "default",
+        image: str = BUSYBOX_REFERENCE,
+    ) -> None:
         self.containerd = containerd
+        self._image = image
         self.namespace = namespace
         self._ids: list[str] = []
 
@@ -61,7 +68,7 @@ class Kata:
     ) -> Result:
         """`ctr run --rm`: the container is gone when this returns."""
         return self.ctr(
-            *("run", "--rm", "--runtime", RUNTIME, *flags, BUSYBOX_REFERENCE),
+            *("run", "--rm", "--runtime", RUNTIME, *flags, self._image),
             *(container_id or self.new_id(), *command),
             check=check,
             timeout=timeout,
@@ -71,9 +78,7 @@ class Kata:
     def start(self, *command: str, flags: tuple[str | Path, ...] = ()) -> str:
         """`ctr run -d`: a container that goes on; returns its id."""
         container_id = self.new_id()
-        self.ctr(
-            "run", "-d", "--runtime", RUNTIME, *flags, BUSYBOX_REFERENCE, container_id, *command
-        )
+        self.ctr("run", "-d", "--runtime", RUNTIME, *flags, self._image, container_id, *command)
         return container_id
 
     @contextlib.contextmanager

@@ -8,7 +8,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from shimv2.errors import as_rpc_error
-from shimv2.management import guest
+from shimv2.management import guest, volumes
 from shimv2.management.http import HttpError, Request, Response
 from ttrpc.errors import Code, RpcError
 
@@ -22,6 +22,8 @@ ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": guest.metrics},
     "/agent-url": {"GET": guest.agent_url},
     "/iptables": {"GET": guest.get_iptables, "PUT": guest.set_iptables},
+    "/direct-volume/resize": {"POST": volumes.resize},
+    "/direct-volume/stats": {"GET": volumes.stats},
     "/ip6tables": {"GET": guest.get_iptables, "PUT": guest.set_iptables},
 }
 

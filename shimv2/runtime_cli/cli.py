@@ -14,6 +14,7 @@ from shimv2.config import Config, ConfigError, load_config, locate
 from shimv2.version import VERSION
 
 from .boot_report import BootReportError, add_boot_report, boot_report
+from .direct_volume import add_direct_volume
 
 EPILOG = """\
 examples:
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = {
         "boot-report": _boot_report,
         "check": _check,
+        "direct-volume": _direct_volume,
         "env": _env,
         "exec": _exec,
         "factory": _factory,
@@ -125,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         help="make the template of this configuration; list all; end makers and remove all",
     )
     _add_management(commands)
+    add_direct_volume(commands)
     add_boot_report(commands)
     commands.add_parser("version", help="as --version")
     return parser
@@ -286,6 +289,19 @@ def _iptables(options: argparse.Namespace) -> int:
     except OSError as error:
         return _fail(f"{options.file}: {error.strerror}")
     return _ask(options.sandbox_id, "PUT", target, rules)
+
+
+def _direct_volume(options: argparse.Namespace) -> int:
+    from shimv2.direct_volumes import DirectVolumeError
+
+    from .direct_volume import run
+    from .management import ManagementError
+
+    try:
+        run(options)
+    except (DirectVolumeError, ManagementError) as error:
+        return _fail(str(error))
+    return 0
 
 
 def _ask(sandbox: str, method: str, target: str, body: bytes | None = None) -> int:

@@ -16,12 +16,14 @@ from vmm.errors import CapacityError, UnsupportedError, VmmConfigError
 from vmm.hypervisor import (
     Accelerator,
     BlockDevice,
+    DiskLimits,
     FsDevice,
     NetDevice,
     VmConfig,
     VsockDevice,
 )
 from vmm.qemu import command_line, devices, kernel, memory, pci
+from vmm.qemu.scsi import ScsiBus
 
 CONFIG = VmConfig(
     id="a,b",
@@ -195,3 +197,29 @@ def test_kernel_formats(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(VmmConfigError, match="kernel"):
             kernel.detect_format(path)
+
+
+def test_limits_of_a_disk(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    path.touch()
+    limits = DiskLimits(bytes_per_second=1000, bytes_burst=500, operations_per_second=10)
+    place = pci.bridge_slot(1)
+    parts = devices.virtio_blk(BlockDevice("d", path, limits=limits, queues=2), place)
+    (group,) = parts.objects
+    raw, throttle = parts.blockdevs
+    assert group["limits"] == {"bps-total": 1000, "iops-total": 10}, "no bucket below its rate"
+    assert (throttle["file"], throttle["throttle-group"]) == (raw["node-name"], group["id"])
+    assert parts.device["drive"] == throttle["node-name"]
+    assert parts.device["num-queues"] == 2
+    assert devices.throttle_limits(DiskLimits(operations_per_second=10, operations_burst=50)) == {
+        "iops-total": 10,
+        "iops-total-max": 50,
+    }
+
+
+def test_scsi_addresses() -> None:
+    bus = ScsiBus()
+    places = [bus.take(f"d{number}") for number in range(258)]
+    assert (places[0], places[255], places[256]) == ((0, 0), (0, 255), (1, 0))
+    bus.release("d1")
+    assert bus.take("again") == (0, 1)
