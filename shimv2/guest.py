@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 
 from agent.api import agent_pb2, health_pb2
 from shimv2.config import Config
+from shimv2.host_clock import HostClock
 from shimv2.machine import Machine, concurrently, own_nursery
 from shimv2.metrics.durations import Durations
 from shimv2.resources import Size
@@ -468,10 +469,12 @@ class Guest:
         self.declare_lost(f"the guest did not answer {_HEALTH_TRIES} health checks")
 
     async def _keep_time(self) -> None:
-        while True:
-            await trio.sleep(_CLOCK_EVERY)
-            with contextlib.suppress(RpcError):
-                await self.set_time()
+        with HostClock() as clock:
+            while True:
+                with trio.move_on_after(_CLOCK_EVERY):
+                    await clock.wait_set()
+                with contextlib.suppress(RpcError):
+                    await self.set_time()
 
     async def set_time(self) -> None:
         """Set the guest's clock by ours."""

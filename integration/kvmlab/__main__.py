@@ -31,7 +31,7 @@ SUITES = {
     name: [f"{_SUITE}/{name}.py"]
     for name in (
         *("smoke", "check", "channels", "cgroups", "pods", "hotplug"),
-        *("networks", "devmapper", "apparmor", "faults"),
+        *("networks", "devmapper", "apparmor", "clock", "faults"),
     )
 } | {"rest": ["integration/test_run.py", "-k", "not go and not slow"]}
 ATTEMPTS = 3
