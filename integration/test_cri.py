@@ -140,21 +140,3 @@ def test_execs_leave_nothing(node: CriNode) -> None:
     assert node.execute(container, "ls", "/proc").split().count("1") == 1
     left = [line for line in node.execute(container, "ps", "-o", "stat").split() if "Z" in line]
     assert not left
-
-
-def test_stats(node: CriNode) -> None:
-    pod = node.run_pod()
-    container = node.start_container(
-        pod, "sh", "-c", "dd if=/dev/zero of=/dev/shm/f bs=1M count=32 2>/dev/null; sleep 1000"
-    )
-    wait_until(
-        lambda: node.execute(container, "stat", "-c", "%s", "/dev/shm/f").strip() == str(32 << 20),
-        10,
-        "the file is written",
-    )
-
-    def working_set() -> int:
-        stats = json.loads(node.crictl("stats", "-o", "json", container))["stats"]
-        return int(stats[0]["memory"]["workingSetBytes"]["value"]) if stats else 0
-
-    wait_until(lambda: 32 << 20 <= working_set() < 48 << 20, 20, "memory is counted")
