@@ -39,6 +39,15 @@ enable_virtio_mem = true
 reclaim_guest_freed_memory = true
 """,
     "kata-alone": "[runtime]\nsandbox_cgroup_only = true\n",
+    # A shell of the guest, and a second QMP socket.
+    "kata-debug": """\
+[factory]
+enable_template = false
+[agent.kata]
+debug_console_enabled = true
+[hypervisor.qemu]
+enable_debug = true
+""",
 }
 """Runtime classes of each node, and what their configuration overrules."""
 
