@@ -43,6 +43,7 @@ _DEVICE_LINKS = (
     ("/proc/self/fd/2", "/dev/stderr"),
 )
 
+_VIEW = "/mnt"  # only until it is the root
 _EBUSY = 16
 _ENODEV = 19
 
@@ -51,6 +52,22 @@ def mount_proc() -> None:
     """/proc alone, so that the kernel command line can be read."""
     for entry in _FIRST:
         _mount(*entry)
+
+
+def leave_rootfs(mountinfo: str = "/proc/self/mountinfo") -> bool:
+    """Out of an initrd: pivot_root(2), and with it every container, refuses the kernel's own
+    rootfs. A read-only view of it becomes the root, as an image's is. Returns whether it did.
+    """
+    with open(mountinfo, encoding="utf-8", errors="replace") as file:
+        if " - rootfs " not in file.readline():
+            return False
+    sys_.mount("/", _VIEW, "", sys_.MS_BIND | sys_.MS_REC)
+    sys_.mount("", _VIEW, "", sys_.MS_REMOUNT | sys_.MS_BIND | sys_.MS_RDONLY)
+    os.chdir(_VIEW)
+    sys_.mount(".", "/", "", sys_.MS_MOVE)
+    os.chroot(".")
+    os.chdir("/")
+    return True
 
 
 def early(config: AgentConfig) -> list[str]:

@@ -63,6 +63,7 @@ def start_guest() -> AgentConfig:
     if os.getpid() != 1:  # on a developer's host
         return cmdline.load()
     init.mount_proc()
+    init.leave_rootfs()
     config = cmdline.load()
     warnings = init.early(config)
     log.set_level(config.log)
