@@ -35,6 +35,7 @@ _V2_CONTROLLERS = ("cpu", "cpuset", "io", "memory", "pids")
 _THREAD_CONTROLLERS = ("cpu", "cpuacct", "cpuset")
 _NO_PATH = "/kata_vc"  # parent, where the spec has no cgroupsPath
 _OVERHEAD = "/kata_overhead"
+_LEAF = "sandbox"
 _MARK = "trusted.pykata"  # attribute of each directory that some sandbox of ours made
 _REMOVE_LIMIT = 0.3  # seconds until ended processes have left their cgroup
 _REMOVE_PAUSE = 0.005
@@ -117,6 +118,11 @@ def _slice_path(unit_slice: str) -> str:
     return "".join(f"/{'-'.join(parts[: n + 1])}.slice" for n in range(len(parts)))
 
 
+def _in_a_unit(path: str) -> bool:
+    """Whether the cgroup above `path` is one of systemd's."""
+    return path.endswith(".scope") or PurePosixPath(path).parent.name.endswith(".slice")
+
+
 class SandboxCgroups:
     """Both cgroups of one sandbox, in every hierarchy.
 
@@ -137,6 +143,10 @@ class SandboxCgroups:
     ) -> None:
         self._hierarchies = list(hierarchies() if found is None else found)
         self._sandbox = sandbox_path(cgroups_path, sandbox_id)
+        if any(hierarchy.is_v2 for hierarchy in self._hierarchies) and _in_a_unit(self._sandbox):
+            # systemd takes controllers away from what is no unit of its own, whenever it looks
+            # at the slice.  The kernel lets it not, as long as a child passes them on.
+            self._sandbox = f"{self._sandbox}/{_LEAF}"
         self._overhead = self._sandbox if sandbox_only else f"{_OVERHEAD}/{sandbox_id}"
         self._home: dict[Path, Path] = {}  # hierarchy → the cgroup this process came from
         self._created: list[Path] = []

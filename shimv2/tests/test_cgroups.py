@@ -135,6 +135,25 @@ def test_overhead_apart_and_only_vcpu_threads_with_the_pod(sandbox_id: str, slee
     assert all(any(path.startswith(f"{parent}/") for path in left) for parent in parents)
 
 
+@pytest.mark.skipif(not _unified(), reason="no hierarchy of version 2 is mounted")
+def test_below_a_unit_of_systemd_there_is_one_level_more(sandbox_id: str, sleeper) -> None:
+    root = _unified()[0]
+    found = [cgroups.Hierarchy(root, frozenset())]
+    scope = f"test.slice/cri-{sandbox_id}.scope"
+    for path, expected in (
+        (f"test.slice:cri:{sandbox_id}", f"{scope}/sandbox"),
+        (f"/test.slice/{sandbox_id}", f"test.slice/kata_{sandbox_id}/sandbox"),
+        (f"/{sandbox_id}/web", f"{sandbox_id}/kata_web"),
+    ):
+        groups = cgroups.SandboxCgroups(sandbox_id, path, sandbox_only=True, found=found)
+        groups.create()
+        join(sleeper, groups)
+        assert Path(f"/proc/{sleeper.pid}/cgroup").read_text().splitlines()[-1] == f"0::/{expected}"
+        assert groups.directories == [root / expected]
+        assert groups.delete() == []
+        assert not (root / scope).exists()
+
+
 def test_a_process_left_in_is_moved_out(sandbox_id: str, sleeper) -> None:
     groups = cgroups.SandboxCgroups(sandbox_id, "", sandbox_only=True)
     groups.create()

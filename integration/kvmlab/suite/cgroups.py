@@ -14,7 +14,10 @@ ROOT = Path("/sys/fs/cgroup")
 
 PATHS = {
     "cgroupfs": ("/pods/{id}", "/pods/kata_{id}"),
-    "systemd": ("kvmlab-pods.slice:cri:{id}", "/kvmlab.slice/kvmlab-pods.slice/cri-{id}.scope"),
+    "systemd": (
+        "kvmlab-pods.slice:cri:{id}",
+        "/kvmlab.slice/kvmlab-pods.slice/cri-{id}.scope/sandbox",
+    ),
 }
 
 

@@ -17,6 +17,8 @@ from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
 from integration.lib.leftovers import left_by
 
+_SHOWN = 4000  # characters of a failure, from its end
+
 
 @pytest.fixture(scope="session")
 def system() -> SystemContainerd:
@@ -51,3 +53,21 @@ def node(bridged: Crictl) -> Iterator[Crictl]:
     yield bridged
     left = bridged.clean()
     assert not left, f"left behind: {left}"
+
+
+class _Failures:
+    """Shows each at once, not only at the end: the machine may be lost before."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.write(f"\n{report.longreprtext[-_SHOWN:]}\n", flush=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    assert isinstance(terminal, pytest.TerminalReporter)
+    config.pluginmanager.register(_Failures(terminal))
