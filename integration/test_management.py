@@ -30,6 +30,7 @@ def test_management(kata: Kata, prefix: Path) -> None:
     _iptables(container, prefix / "bin/kata-runtime")
     _metrics(kata, container, prefix / "bin/kata-runtime")
     _monitor(container, prefix / "bin/kata-monitor")
+    _log(kata, container)
     for method, target, said in (
         ("GET", "/nothing", "there is no '/nothing' here"),
         ("DELETE", "/iptables", "takes GET, PUT"),
@@ -37,6 +38,17 @@ def test_management(kata: Kata, prefix: Path) -> None:
     ):
         with pytest.raises(ManagementError, match=said):
             ask(container, method, target)
+
+
+def _log(kata: Kata, container: str) -> None:
+    """containerd runs at debug, so the shim does; the console brings the agent's lines."""
+    lines = kata.containerd.last_log_lines(10_000).splitlines()
+    of_sandbox = [line for line in lines if f'sandbox="{container}" namespace="default"' in line]
+    (started,) = [line for line in of_sandbox if f"container {container} started" in line]
+    assert started.endswith(f'container="{container}" source=sandbox')
+    agent = [line for line in of_sandbox if 'msg="console: agent ' in line]
+    assert agent
+    assert all("level=debug" in line for line in agent)
 
 
 def _agent_url(container: str) -> None:

@@ -14,8 +14,8 @@ from shimv2 import log as shim_log
 from shimv2.api import sandbox_pb2, task_v2_pb2, task_v3_pb2
 from shimv2.events import EventPublisher
 from shimv2.management import listener as management
-from shimv2.metrics.durations import Timed
 from shimv2.namespaces import enter_own_mount_namespace
+from shimv2.observed import Observed
 from shimv2.sandbox import Sandbox, SandboxSettings
 from shimv2.sandbox_service import SandboxService
 from shimv2.state import remove_sandbox, remove_socket
@@ -80,7 +80,7 @@ async def _main(
         async with Sandbox(settings, events, timeline) as sandbox:
             server = Server()
             for messages in (task_v2_pb2, task_v3_pb2):
-                service = Timed(TaskService(sandbox, messages), sandbox.calls)
+                service = Observed(TaskService(sandbox, messages), sandbox.calls)
                 server.register(messages.DESCRIPTOR.services_by_name["Task"], service)
             server.register(
                 sandbox_pb2.DESCRIPTOR.services_by_name["Sandbox"], SandboxService(sandbox)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shim's log: logfmt lines into the bundle's ``log`` fifo, which containerd copies.
 
-The reader may be away or slow, and the shim must never wait for it: a line that does not
-fit is dropped and counted.
+Each line has the sandbox; one that a call led to has its container, and its exec.  The reader
+may be away or slow, and the shim must never wait for it: a line that does not fit is dropped
+and counted.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+_about: ContextVar[str] = ContextVar("_about", default="")
 
 _LEVELS = {"WARNING": "warning", "CRITICAL": "fatal"}
 _LINE_LIMIT = 8192  # what a guest or a helper prints may be of any length
@@ -39,7 +44,7 @@ class FifoHandler(logging.Handler):
         level = _LEVELS.get(record.levelname, record.levelname.lower())
         line = (
             f'time="{stamp}.{int(record.msecs):03d}Z" level={level} msg={_quote(text[:_LINE_LIMIT])}'
-            f"{self._suffix} source={record.name}\n"
+            f"{self._suffix}{_about.get()} source={record.name}\n"
         )
         try:
             os.write(self._fd, line.encode(errors="replace"))
@@ -54,6 +59,16 @@ class FifoHandler(logging.Handler):
             os.close(self._fd)
             self._fd = -1
         super().close()
+
+
+@contextlib.contextmanager
+def about(**fields: str) -> Iterator[None]:
+    """Lines of the block, and of the tasks it starts, have these fields and no other call's."""
+    token = _about.set("".join(f" {name}={_quote(value)}" for name, value in fields.items()))
+    try:
+        yield
+    finally:
+        _about.reset(token)
 
 
 def set_up(bundle: str, fields: dict[str, str], *, debug: bool) -> None:

@@ -28,6 +28,7 @@ from shimv2.container import Container
 from shimv2.events import EventPublisher
 from shimv2.guest import Guest
 from shimv2.life import Life, Origin
+from shimv2.log import about
 from shimv2.metrics.durations import Durations
 from shimv2.network.traces import Trace
 from shimv2.pause import PauseContainer
@@ -160,6 +161,8 @@ class Sandbox:
         )
 
     def _launch(self, origin: Origin) -> None:
+        if origin.config.runtime.enable_debug:
+            logging.getLogger().setLevel(logging.DEBUG)
         for warning in origin.config.warnings:
             log.warning("%s", warning)
         self.share.open()  # not by the VM's own task: containers are shared while it boots
@@ -168,7 +171,8 @@ class Sandbox:
         self._ended = trio.Event()
         self._claimed = False
         self._life = Life(self, origin)
-        self.nursery.start_soon(self._life.run)
+        with about():  # it outlives the container whose call it begins with
+            self.nursery.start_soon(self._life.run)
 
     async def _ensure_launched(self, spec: oci.Spec, options: bytes) -> Life:
         """The VM for this origin: the early one if it fits, else a new one."""

@@ -6,8 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 #: Upper bounds in milliseconds.
 BUCKETS = tuple(1 << power for power in range(10))
@@ -43,35 +42,3 @@ class Durations:
             yield
         finally:
             self.add(time.monotonic() - began, *key)
-
-
-class Timed:
-    """A ttrpc service of which each call is counted, its method's name as Kata spells it.
-
-    Args:
-        service: has a coroutine function for each method.
-    """
-
-    def __init__(self, service: object, durations: Durations) -> None:
-        self._service = service
-        self._durations = durations
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self._service, name)
-        action = snake_case(name)
-
-        async def timed(*args: Any) -> Any:
-            with self._durations.of(action):
-                return await method(*args)
-
-        return timed
-
-
-def snake_case(name: str) -> str:
-    """``ResizePty`` as ``resize_pty``, ``CloseIO`` as ``close_io``."""
-    letters: list[str] = []
-    for before, letter in zip(" " + name, name, strict=False):
-        if letter.isupper() and before.islower():
-            letters.append("_")
-        letters.append(letter.lower())
-    return "".join(letters)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from shimv2.metrics.durations import Durations, Timed, snake_case
+from shimv2.metrics.durations import Durations
 from shimv2.metrics.exposition import Page, parse
 from shimv2.metrics.sandbox import guest_page
 
@@ -135,21 +135,3 @@ def test_any_label_and_value_is_read_as_it_was(labels: dict[str, str], value: fl
         (s.labels, s.value) for f in text_string_to_metric_families(str(page)) for s in f.samples
     ]
     assert read == pytest.approx(value, rel=1e-6, abs=1e-6, nan_ok=True)
-
-
-def test_actions_are_spelled_as_katas() -> None:
-    names = ("CloseIO", "ResizePty", "Pids", "Create")
-    assert [snake_case(name) for name in names] == ["close_io", "resize_pty", "pids", "create"]
-
-
-async def test_a_call_that_fails_counts_too() -> None:
-    class Service:
-        async def CloseIO(self, request: object, context: object) -> None:
-            raise ValueError
-
-    durations = Durations()
-    timed = Timed(Service(), durations)
-    with pytest.raises(ValueError):
-        await timed.CloseIO(None, None)
-    assert sum(durations.counts["close_io",]) == 1
-    assert not hasattr(timed, "Create")
