@@ -29,14 +29,7 @@ class NoSuchSandboxError(Exception):
 
 def sandboxes() -> Iterator[Sandbox]:
     """All that have a record, in the order of their ids."""
-    try:
-        names = sorted(os.listdir(state.SANDBOXES))
-    except FileNotFoundError:
-        return
-    for name in names:
-        record = state.SandboxRecord.load(name)
-        if record is None:
-            continue
+    for name, record in _records():
         living = {
             role: pid
             for role, (pid, started) in record.processes.items()
@@ -52,13 +45,24 @@ def sandboxes() -> Iterator[Sandbox]:
         )
 
 
+def _records() -> Iterator[tuple[str, state.SandboxRecord]]:
+    try:
+        names = sorted(os.listdir(state.SANDBOXES))
+    except FileNotFoundError:
+        return
+    for name in names:
+        record = state.SandboxRecord.load(name)
+        if record is not None:
+            yield name, record
+
+
 def find(prefix: str) -> str:
     """The id of the one sandbox whose id begins with `prefix`.
 
     Raises:
         NoSuchSandboxError: says which there are.
     """
-    known = [sandbox.id for sandbox in sandboxes()]
+    known = [name for name, _ in _records()]
     if prefix in known:
         return prefix
     matching = [name for name in known if prefix and name.startswith(prefix)]
