@@ -43,6 +43,7 @@ from vmm.errors import VmmError
 
 log = logging.getLogger("sandbox")
 
+_SHUTDOWN_LIMIT = 2.5  # seconds; containerd gives an answer to Shutdown three
 _OOM_PAUSE = 0.1  # seconds between two OOM events, so that a guest can't flood containerd
 
 
@@ -332,6 +333,9 @@ class Sandbox:
     async def shutdown(self, *, now: bool, container_id: str = "") -> None:
         """End the shim, unless others still live in it.
 
+        Returns once containerd has its events, or nearly as long as it waits for an answer:
+        then it closes its connection and runs `delete`, which lets no shim live.
+
         Args:
             now: end it whatever lives in it.
             container_id: on whose behalf; it may itself still be there.
@@ -340,6 +344,9 @@ class Sandbox:
         if not now and (others or (self._by_api and self.is_running)):
             return
         self._shutdown.set()
+        with trio.move_on_after(_SHUTDOWN_LIMIT):
+            await self.stop()
+            await self.events.flush(_SHUTDOWN_LIMIT)
 
     async def wait_shutdown(self) -> None:
         """Until somebody asked for the end of the shim."""

@@ -176,13 +176,22 @@ class FakeShare:
 
 
 class Events:
-    """What would go to containerd."""
+    """What would go to containerd.
+
+    Attributes:
+        flushed: how many of them somebody waited for.
+    """
 
     def __init__(self) -> None:
         self.published: list[Message] = []
+        self.flushed = 0
 
     def publish(self, event: Message) -> None:
         self.published.append(event)
+
+    async def flush(self, limit: float) -> bool:
+        self.flushed = len(self.published)
+        return True
 
     def names(self) -> list[str]:
         """As "TaskExit web 255"."""

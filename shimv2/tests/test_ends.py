@@ -182,3 +182,25 @@ async def test_an_ended_task_has_no_statistics(shim: Shim) -> None:
     assert "StatsContainer" not in shim.guest.calls
     await shim.ask("Delete", id="web")
     assert await shim.code("Stats", id="web") == Code.NOT_FOUND
+
+
+async def test_shutdown_is_answered_when_containerd_has_the_events(shim: Shim) -> None:
+    """It kills what is left of the shim then."""
+    await shim.create()
+    await shim.ask("Start", id="web")
+    await shim.ask("Shutdown", id="other")
+    assert shim.events.flushed == 0, "one still lives"
+    shim.guest.declare_lost("killed")
+    await shim.ask("Wait", id="web")
+    await shim.ask("Delete", id="web")
+    await shim.ask("Shutdown", id="web")
+    assert shim.events.names()[-2:] == ["TaskExit web 255", "TaskDelete web"]
+    assert shim.events.flushed == len(shim.events.published)
+
+
+async def test_shutdown_of_what_lives_tells_its_exit_first(shim: Shim) -> None:
+    await shim.create()
+    await shim.ask("Start", id="web")
+    await shim.ask("Shutdown", id="web")
+    assert shim.events.names()[-1] == "TaskExit web 255"
+    assert shim.events.flushed == len(shim.events.published)
