@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import stat
 import subprocess
@@ -14,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from integration.lib.kata import Kata
+from shimv2.metrics.tests.test_documentation import documented
 from shimv2.runtime_cli.management import ManagementError, ask
 
 pytestmark = pytest.mark.one_edition
@@ -117,7 +119,10 @@ def _monitor(container: str, kata_monitor: Path) -> None:
             assert container in get("/sandboxes").split()
             assert get(f"/agent-url?sandbox={container}").startswith("hvsock://")
             assert "kata_guest_load{" in get(f"/metrics?sandbox={container}")
-            families = {f.name: f for f in text_string_to_metric_families(get("/metrics"))}
+            text = get("/metrics")
+            kinds = dict(re.findall(r"(?m)^# TYPE (\S+) (\S+)$", text))
+            assert kinds == documented()
+            families = {f.name: f for f in text_string_to_metric_families(text)}
             for name in ("kata_shim_threads", "kata_guest_load", "kata_monitor_shim_up"):
                 labels = [s.labels["sandbox_id"] for s in families[name].samples]
                 assert container in labels, name
