@@ -112,10 +112,12 @@ class EventPublisher:
                 self._count_try(failures)
                 await trio.sleep(min(failures * _BACKOFF_STEP, _BACKOFF_LIMIT))
                 continue
+            taken = True
             async with Client(stream) as client:
-                while self._queue and await self._send(client):
+                while self._queue and (taken := await self._send(client)):
                     failures = 0
-            if self._queue:
+            # There may be events again that came while the connection was closed.
+            if not taken:
                 failures += 1
                 self._count_try(failures)
                 await trio.sleep(min(failures * _BACKOFF_STEP, _BACKOFF_LIMIT))

@@ -10,6 +10,7 @@ import trio.testing
 from shimv2 import events as module
 from shimv2.api import events_service_pb2, task_events_pb2
 from shimv2.events import EventPublisher
+from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from ttrpc.server import Server
 
@@ -138,3 +139,26 @@ async def test_an_event_that_is_refused_for_good_does_not_hold_back_the_others(p
     publisher.publish(task_events_pb2.TaskDelete(container_id="c"))
     assert await publisher.flush(5)
     assert [topic for topic, _ in containerd.got] == ["/tasks/delete"]
+
+
+async def test_an_event_while_the_connection_closes_is_no_failure(path, nursery, monkeypatch):
+    monkeypatch.setattr(module, "_BACKOFF_STEP", 60)
+    containerd = Containerd(path)
+    await nursery.start(containerd.serve)
+    publisher = EventPublisher(f"unix://{path}", "ns")
+    leave = Client.__aexit__
+    late = [task_events_pb2.TaskDelete(container_id="c")]
+
+    async def leave_later(self, *error):
+        await leave(self, *error)
+        if late:
+            publisher.publish(late.pop())
+
+    monkeypatch.setattr(Client, "__aexit__", leave_later)
+    nursery.start_soon(publisher.run)
+    publisher.publish(exit_event("c"))
+    with trio.fail_after(5):
+        while len(containerd.got) < 2:
+            await trio.sleep(0.01)
+    assert await publisher.flush(1)
+    nursery.cancel_scope.cancel()
