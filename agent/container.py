@@ -41,6 +41,7 @@ class Container:
         init: its first process.
         execs: further processes by exec id, until somebody has waited for them.
         storages: the mount points it holds.
+        submounts: the directories of the share that it holds.
         termination_log: path in the guest of what the container leaves as its last words.
     """
 
@@ -50,6 +51,7 @@ class Container:
         self.execs: dict[str, Process] = {}
         self.cgroup = cgroup
         self.storages: list[str] = []
+        self.submounts: list[str] = []
         self.bundle = f"{BUNDLES}/{container_id}"
         self.running = False
         self.termination_log = ""
@@ -168,6 +170,8 @@ class Container:
                 self._sandbox.storages.detach(point)
             except RpcError as error:
                 log.warning("storage stays", error=error)
+        self._sandbox.submounts.release(self.submounts)
+        self.submounts = []
         _unlink(f"{self.bundle}/config.json")
         try:
             os.rmdir(self.bundle)

@@ -15,7 +15,8 @@ from agent.loop import Future, Loop
 from agent.process import Ports, Process
 from agent.reaper import Reaper
 from agent.stdio import Streams
-from agent.storage import Storages
+from agent.storage import SHARE, Storages
+from agent.submounts import Submounts
 from ttrpc.errors import Code, RpcError
 
 TYPE_CHECKING = False
@@ -43,6 +44,7 @@ class Sandbox:
         self.streams = streams
         self.config = config
         self.storages = Storages(config.hotplug_timeout)
+        self.submounts = Submounts(SHARE)
         self.containers: dict[str, Container] = {}
         self._pid_namespace_of: Container | None = None
         self._makes_pid_namespace = False
@@ -96,6 +98,9 @@ class Sandbox:
         container.termination_log = _termination_log(oci)
         self.containers[container_id] = container
         try:
+            sources = [mount.source for mount in oci.Mounts]
+            sources += [storage.source for storage in request.storages]
+            container.submounts = self.submounts.hold(sources)
             container.storages = yield from self.storages.attach_all(request.storages, container_id)
             if request.devices:
                 from agent import devices

@@ -26,7 +26,8 @@ _REQUIRED = {
     "POSIXRlimit": ("Hard", "Soft"),
     "LinuxIDMapping": ("HostID", "ContainerID", "Size"),
     "LinuxDevice": ("Major", "Minor"),
-    "LinuxDeviceCgroup": ("Allow",),
+    "LinuxDeviceCgroup": ("Allow", "Major", "Minor"),  # -1 is for all, 0 is a number
+    "LinuxThrottleDevice": ("Major", "Minor", "Rate"),
     "LinuxSeccompArg": ("Index", "Value", "Op"),
     "LinuxHugepageLimit": ("Limit",),
     "Box": ("Height", "Width"),

@@ -30,7 +30,8 @@ Numbers = tuple[int, int]
 
 async def plug(
     oci: oci_pb2.Spec,
-    resources: oci_pb2.LinuxResources,
+    rules: Sequence[oci_pb2.LinuxDeviceCgroup],
+    limits: oci_pb2.LinuxBlockIO,
     mounts: Sequence[Mount],
     drives: Drives,
     container_id: str,
@@ -39,7 +40,8 @@ async def plug(
 
     Args:
         oci: for the guest; its devices, rules and limits are completed.
-        resources: of the host's spec, with the rules and limits.
+        rules: of the host's spec (`shimv2.guest_spec.device_rules`).
+        limits: of the host's spec.
         mounts: bind mounts whose source is a block device.
 
     Returns:
@@ -59,7 +61,6 @@ async def plug(
             FileMode=_NODE_MODE,
         )
     readonly = {mount.destination for mount in mounts if mount.readonly}
-    rules = resources.Devices
     plugged: dict[Numbers, agent_pb2.Device] = {}
     devices: list[agent_pb2.Device] = []
     for entry in [entry for entry in listed if entry.Type == "b"]:
@@ -80,9 +81,10 @@ async def plug(
         device = agent_pb2.Device(id=drive.source, type=drive.driver, container_path=entry.Path)
         plugged.setdefault(numbers, device)
         devices.append(device)
-    if plugged:
+    if plugged or rules:  # also against disks that are others'
         oci.Linux.Resources.Devices.extend(_rules(rules, mounts, plugged))
-        _limit(oci.Linux.Resources.BlockIO, resources.BlockIO, plugged)
+    if plugged:
+        _limit(oci.Linux.Resources.BlockIO, limits, plugged)
     return devices
 
 
@@ -96,10 +98,10 @@ def _rules(
     kept = [
         rule
         for rule in rules
-        if rule.Type != "b" or not rule.Major or (rule.Major, rule.Minor) in plugged
+        if rule.Type != "b" or rule.Major < 0 or (rule.Major, rule.Minor) in plugged
     ]
     if not kept:
-        kept = [oci_pb2.LinuxDeviceCgroup(Allow=False, Access="rwm")]
+        kept = [oci_pb2.LinuxDeviceCgroup(Allow=False, Major=-1, Minor=-1, Access="rwm")]
     for mount in mounts:
         number = os.stat(mount.source).st_rdev
         kept.append(
@@ -115,14 +117,14 @@ def _rules(
 
 
 def _limit(
-    limits: oci_pb2.LinuxBlockIO,
+    kept: oci_pb2.LinuxBlockIO,
     wanted: oci_pb2.LinuxBlockIO,
     plugged: dict[Numbers, agent_pb2.Device],
 ) -> None:
     for name in _THROTTLES:
         for limit in getattr(wanted, name):
             if (limit.Major, limit.Minor) in plugged:
-                getattr(limits, name).add().CopyFrom(limit)
+                getattr(kept, name).add().CopyFrom(limit)
 
 
 def _is_written(rules: Iterable[oci_pb2.LinuxDeviceCgroup], numbers: Numbers) -> bool:
@@ -137,6 +139,6 @@ def _is_written(rules: Iterable[oci_pb2.LinuxDeviceCgroup], numbers: Numbers) ->
 def _allows_all(rules: Iterable[oci_pb2.LinuxDeviceCgroup]) -> bool:
     said = False
     for rule in rules:
-        if rule.Type in ("", "a") and not rule.Major and "w" in rule.Access:
+        if rule.Type in ("", "a") and rule.Major < 0 and "w" in rule.Access:
             said = rule.Allow
     return said

@@ -17,7 +17,7 @@ from typing import Any
 from agent.api import agent_pb2, oci_pb2, types_pb2
 from shimv2 import block_devices, direct_volumes
 from shimv2.drives import Drive, Drives
-from shimv2.guest_spec import resources_of
+from shimv2.guest_spec import device_rules, resources_of
 from shimv2.layers import GuestRootfs, Layer, guest_rootfs
 from shimv2.rootfs import Rootfs, RootfsError
 from shimv2.share import Share
@@ -86,6 +86,12 @@ class ContainerFiles:
         shared = share_mounts(self._spec, self._share, self._id)
         for reason in shared.skipped:
             log.warning("mount left out: %s", reason)
+        for mount in self._spec.mounts:
+            if mount.is_bind and not {"shared", "rshared"}.isdisjoint(mount.options):
+                log.warning(
+                    "mount %s: what the container mounts there does not reach the host",
+                    mount.destination,
+                )
         self.mounts, self.storages = shared.mounts, shared.storages
         self._direct, self._devices = shared.direct, shared.devices
         for volume in self._direct:
@@ -112,7 +118,12 @@ class ContainerFiles:
         for volume in self._direct:
             await self._plug_volume(volume, drives)
         self.devices += await block_devices.plug(
-            oci, resources_of(self._spec), self._devices, drives, self._id
+            oci,
+            device_rules(self._spec),
+            resources_of(self._spec).BlockIO,
+            self._devices,
+            drives,
+            self._id,
         )
 
     async def unplug(self) -> None:

@@ -108,6 +108,22 @@ def resources_of(spec: Spec) -> oci_pb2.LinuxResources:
     return _convert(document, oci_pb2.LinuxResources(), "linux.resources").message
 
 
+def device_rules(spec: Spec) -> list[oci_pb2.LinuxDeviceCgroup]:
+    """``linux.resources.devices``; -1 stands for a number that is not said, and so for all.
+
+    Raises:
+        SpecError: a value of a wrong type or size.
+    """
+    rules = list(resources_of(spec).Devices)
+    listed = ((spec.json.get("linux") or {}).get("resources") or {}).get("devices") or []
+    for rule, entry in zip(rules, listed, strict=True):
+        if entry.get("major") is None:
+            rule.Major = -1
+        if entry.get("minor") is None:
+            rule.Minor = -1
+    return rules
+
+
 def guest_spec(
     spec: Spec,
     *,

@@ -29,6 +29,11 @@ _SIZE = "4m"  # mount points only
 _NAME_LIMIT = 64  # bytes of a destination's last part that go into a name
 
 
+# What tells whether two shares are the same: path, device and inode, read-only, follow, and what
+# is mounted below it, which one made later would see.
+_Key = tuple[str, int, int, bool, bool, tuple[str, ...]]
+
+
 class ShareError(Exception):
     """Something can't be shared with the guest; the message names it."""
 
@@ -44,6 +49,7 @@ class Share:
         self._directory = directory
         self._mounts = directory / "mounts"
         self._points: dict[str, list[Path]] = {}  # container → mount points, oldest first
+        self._keys: dict[Path, _Key] = {}  # of those that several containers may have
         self._is_open = False
 
     @property
@@ -85,6 +91,7 @@ class Share:
     def close(self) -> None:
         """Detach everything and remove the directories.  Idempotent."""
         self._points.clear()
+        self._keys.clear()
         self._is_open = False
         for directory in (self.shared_dir, self._mounts):
             with contextlib.suppress(OSError):
@@ -119,6 +126,9 @@ class Share:
     ) -> Path:
         """Share one directory or one file, never its neighbours.
 
+        What a container of the pod has already is shared once: in the guest the same file is then
+        the same inode, as sockets and locks between containers need it.
+
         Args:
             destination: in the container; gives the shared name its end.
             readonly: also in every mount below `source`.
@@ -134,7 +144,15 @@ class Share:
         end = os.fsencode(end)[:_NAME_LIMIT].decode(errors="ignore")
         target = self._mounts / f"{container_id}-{os.urandom(8).hex()}-{end}"
         propagation = mounts.MS_SLAVE if follow else mounts.MS_PRIVATE
-        return self._add(container_id, Path(source), target, readonly, propagation)
+        key = _identify(source, readonly, follow)
+        known = next((point for point, other in self._keys.items() if other == key), None)
+        if known is not None:
+            if known not in (points := self._points.setdefault(container_id, [])):
+                points.append(known)
+            return GUEST_DIR / known.relative_to(self._mounts)
+        where = self._add(container_id, Path(source), target, readonly, propagation)
+        self._keys[target] = key
+        return where
 
     def remove_container(self, container_id: str) -> None:
         """Detach all that was shared for a container; virtiofsd may still hold it open.
@@ -143,6 +161,9 @@ class Share:
         """
         points = self._points.pop(container_id, [])
         for point in reversed(points):
+            if any(point in others for others in self._points.values()):
+                continue
+            self._keys.pop(point, None)
             with contextlib.suppress(OSError):
                 mounts.umount_detached(point)
             _remove_point(point)
@@ -166,6 +187,15 @@ class Share:
             raise ShareError(f"sharing {source}: {error.strerror}") from error
         self._points.setdefault(container_id, []).append(target)
         return GUEST_DIR / target.relative_to(self._mounts)
+
+
+def _identify(source: str, readonly: bool, follow: bool) -> _Key:
+    try:
+        status = os.stat(source)
+    except OSError as error:
+        raise ShareError(f"sharing {source}: {error.strerror}") from error
+    below = tuple(mounts.mount_points_below(source)) if stat.S_ISDIR(status.st_mode) else ()
+    return os.path.realpath(source), status.st_dev, status.st_ino, readonly, follow, below
 
 
 def _remove_point(point: Path) -> None:

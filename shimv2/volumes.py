@@ -18,7 +18,13 @@ SHM_DIR = "/run/kata-containers/sandbox/shm"
 EPHEMERAL_DIR = "/run/kata-containers/sandbox/ephemeral"
 DEFAULT_SHM_SIZE = 64 << 20  # bytes
 
+WATCHED_DIR = "/run/kata-containers/sandbox/watchable"
+
 _EMPTY_DIR = "kubernetes.io~empty-dir"
+# Of a kubelet, which changes them while their containers run.
+_WATCHED = tuple(
+    f"kubernetes.io~{kind}" for kind in ("configmap", "secret", "projected", "downward-api")
+)
 _TMPFS_MAGIC = 0x01021994  # statfs(2)
 _HUGETLBFS_MAGIC = 0x958458F6
 _DNS_LIMIT = 64 << 10  # bytes of a resolv.conf
@@ -150,7 +156,19 @@ def _one(
             readonly=mount.readonly,
             follow=any(option in _FOLLOW for option in mount.options),
         )
-        result.mounts.append(_bound(mount, str(where)))
+        if any(f"/{kind}/" in f"{source}/" for kind in _WATCHED):
+            point = f"{WATCHED_DIR}/{where.name}"
+            result.storages.append(_watched(str(where), point))
+            result.mounts.append(_bound(mount, point))
+        else:
+            result.mounts.append(_bound(mount, str(where)))
+
+
+def _watched(source: str, point: str) -> agent_pb2.Storage:
+    """Changes by the host cause no events in the guest: the agent keeps a copy that has them."""
+    return agent_pb2.Storage(
+        driver="watchable-bind", source=source, fstype="bind", options=["bind"], mount_point=point
+    )
 
 
 def _bound(mount: Mount, source: str) -> Mount:

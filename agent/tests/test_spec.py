@@ -35,7 +35,7 @@ def test_names_are_runtime_specs() -> None:
     linux.Resources.HugepageLimits.add(Pagesize="2MB")
     linux.Resources.BlockIO.ThrottleReadIOPSDevice.add(Major=8, Rate=5)
     linux.Devices.add(Path="/dev/x", Type="c", Major=0, Minor=3, FileMode=0o600)
-    linux.Resources.Devices.add(Access="rwm")
+    linux.Resources.Devices.add(Access="rwm", Type="c", Major=5, Minor=0)
     call = linux.Seccomp.Syscalls.add(Names=["mkdir"], Action="SCMP_ACT_ERRNO", errnoret=0)
     call.Args.add(Index=0, Value=0, Op="SCMP_CMP_EQ")
     document = specs.to_json(spec)
@@ -57,8 +57,8 @@ def test_names_are_runtime_specs() -> None:
             "memory": {"limit": 1 << 20, "disableOOMKiller": True},
             "cpu": {"realtimePeriod": 4},
             "hugepageLimits": [{"pageSize": "2MB", "limit": 0}],
-            "blockIO": {"throttleReadIOPSDevice": [{"major": 8, "rate": 5}]},
-            "devices": [{"allow": False, "access": "rwm"}],
+            "blockIO": {"throttleReadIOPSDevice": [{"major": 8, "minor": 0, "rate": 5}]},
+            "devices": [{"allow": False, "access": "rwm", "type": "c", "major": 5, "minor": 0}],
         },
         "devices": [{"path": "/dev/x", "type": "c", "major": 0, "minor": 3, "fileMode": 0o600}],
         "seccomp": {

@@ -93,6 +93,84 @@ int main(int argc, char **argv) {
 }
 """
 
+VOLUME = r"""
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/inotify.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <sys/xattr.h>
+#include <unistd.h>
+/* VERB PATH [TEXT]: what a shell can't do with files. */
+static char buffer[8192] __attribute__((aligned(4096)));
+static int fail(const char *what) { perror(what); return 1; }
+static int lock(int fd) {
+    struct flock whole = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    return fcntl(fd, F_SETLK, &whole);
+}
+int main(int argc, char **argv) {
+    const char *verb = argv[1], *path = argv[2], *text = argc > 3 ? argv[3] : "";
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd;
+    setvbuf(stdout, 0, _IOLBF, 0);
+    strncpy(address.sun_path, path, sizeof address.sun_path - 1);
+    if (!strcmp(verb, "set-xattr"))
+        return setxattr(path, "user.test", text, strlen(text), 0) ? fail(path) : 0;
+    if (!strcmp(verb, "get-xattr")) {
+        if (getxattr(path, "user.test", buffer, sizeof buffer - 1) < 0) return fail(path);
+        return puts(buffer) < 0;
+    }
+    if (!strcmp(verb, "direct")) {
+        fd = open(path, O_RDWR | O_CREAT | O_DIRECT, 0644);
+        memset(buffer, 'd', 4096);
+        if (fd < 0 || pwrite(fd, buffer, 4096, 4096) != 4096) return fail(path);
+        memset(buffer, 0, 4096);
+        if (pread(fd, buffer, 4096, 4096) != 4096 || buffer[4095] != 'd') return fail("pread");
+        return puts("direct") < 0;
+    }
+    if (!strcmp(verb, "hold") || !strcmp(verb, "lock")) {
+        fd = open(path, O_RDWR | O_CREAT, 0644);
+        if (fd < 0) return fail(path);
+        puts(lock(fd) ? "busy" : "locked");
+        if (*verb == 'h') pause();
+        return 0;
+    }
+    if (!strcmp(verb, "listen")) {
+        int server = socket(AF_UNIX, SOCK_STREAM, 0);
+        if (bind(server, (void *)&address, sizeof address) || listen(server, 8)) return fail(path);
+        while ((fd = accept(server, 0, 0)) >= 0) {
+            ssize_t size = read(fd, buffer, sizeof buffer);
+            if (size > 0 && write(fd, buffer, size) != size) return fail("write");
+            close(fd);
+        }
+    }
+    if (!strcmp(verb, "send")) {
+        fd = socket(AF_UNIX, SOCK_STREAM, 0);
+        if (connect(fd, (void *)&address, sizeof address)) return fail(path);
+        if (write(fd, text, strlen(text)) < 0 || read(fd, buffer, sizeof buffer - 1) < 0)
+            return fail("socket");
+        return puts(buffer) < 0;
+    }
+    if (!strcmp(verb, "watch")) {
+        fd = inotify_init();
+        if (inotify_add_watch(fd, path, IN_MOVED_TO | IN_CREATE | IN_MODIFY) < 0) return fail(path);
+        puts("watching");
+        for (;;) {
+            ssize_t size = read(fd, buffer, sizeof buffer);
+            for (char *at = buffer; at < buffer + size;) {
+                struct inotify_event *event = (void *)at;
+                puts(event->len ? event->name : ".");
+                at += sizeof *event + event->len;
+            }
+        }
+    }
+    return 2;
+}
+"""
+
 
 def build(name: str, source: str) -> Path:
     """The static program; built once and kept.

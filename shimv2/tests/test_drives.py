@@ -16,7 +16,8 @@ from agent.api import oci_pb2
 from shimv2 import block_devices, loop, mounts
 from shimv2.config import HypervisorConfig
 from shimv2.drives import DriveError, Drives, disk_limits, host_node
-from shimv2.spec import Mount
+from shimv2.guest_spec import device_rules
+from shimv2.spec import Mount, Spec
 from vmm.errors import CapacityError, VmmError
 from vmm.hypervisor import BlockDevice, DeviceAddress
 
@@ -157,8 +158,12 @@ async def test_what_the_configuration_says_of_disks(files: list[Path]) -> None:
     assert disk_limits(HypervisorConfig()) is None
 
 
-def resources(*rules: dict[str, Any], **more: Any) -> oci_pb2.LinuxResources:
-    return oci_pb2.LinuxResources(Devices=[oci_pb2.LinuxDeviceCgroup(**r) for r in rules], **more)
+def rules(*listed: dict[str, Any]) -> list[oci_pb2.LinuxDeviceCgroup]:
+    return device_rules(Spec({"linux": {"resources": {"devices": list(listed)}}}, Path("/b")))
+
+
+NO_LIMITS = oci_pb2.LinuxBlockIO()
+DENY_ALL = {"allow": False, "access": "rwm"}
 
 
 @pytest.fixture
@@ -180,27 +185,32 @@ async def test_devices_of_a_spec(disk: Path) -> None:
     oci.Linux.Devices.add(Path="/dev/xvda", Type="b", Major=7, Minor=3)
     oci.Linux.Devices.add(Path="/dev/fuse", Type="c", Major=10, Minor=229)
     limits = [oci_pb2.LinuxThrottleDevice(Major=7, Minor=m, Rate=1000) for m in (3, 4)]
-    wanted = resources(
-        {"Allow": False, "Access": "rwm"},
-        {"Allow": True, "Type": "c", "Major": 1, "Minor": 3, "Access": "rwm"},
-        {"Allow": True, "Type": "b", "Major": 7, "Minor": 3, "Access": "rm"},
-        {"Allow": True, "Type": "b", "Major": 7, "Minor": 4, "Access": "rwm"},
-        BlockIO=oci_pb2.LinuxBlockIO(ThrottleReadBpsDevice=limits),
+    block_io = oci_pb2.LinuxBlockIO(ThrottleReadBpsDevice=limits)
+    wanted = rules(
+        DENY_ALL,
+        {"allow": True, "type": "c", "major": 136, "access": "rwm"},
+        {"allow": True, "type": "c", "major": 5, "minor": 0, "access": "rwm"},
+        {"allow": True, "type": "b", "major": 7, "minor": 3, "access": "rm"},
+        {"allow": True, "type": "b", "major": 7, "minor": 4, "access": "rwm"},
     )
-    (device,) = await block_devices.plug(oci, wanted, [], drives_of(vm), "a")
+    (device,) = await block_devices.plug(oci, wanted, block_io, [], drives_of(vm), "a")
     assert (device.type, device.id, device.container_path) == ("blk", "02/01", "/dev/xvda")
     assert [d.readonly for d in vm.disks.values()] == [True], "as the rule says"
-    rules = oci.Linux.Resources.Devices
-    assert [(r.Type, r.Major, r.Minor) for r in rules] == [("", 0, 0), ("c", 1, 3), ("b", 7, 3)]
+    assert [(r.Type, r.Major, r.Minor) for r in oci.Linux.Resources.Devices] == [
+        ("", -1, -1),
+        ("c", 136, -1),
+        ("c", 5, 0),
+        ("b", 7, 3),
+    ]
     assert [t.Minor for t in oci.Linux.Resources.BlockIO.ThrottleReadBpsDevice] == [3]
 
 
 async def test_a_missing_device_is_an_error_but_for_a_privileged_container(disk: Path) -> None:
-    for rules, allowed in (([{"Allow": True, "Access": "rwm"}], True), ([], False)):
+    for listed, allowed in (([DENY_ALL | {"allow": True}], True), ([], False)):
         oci = oci_pb2.Spec()
         oci.Linux.Devices.add(Path="/dev/gone", Type="b", Major=7, Minor=99)
         oci.Linux.Devices.add(Path="/dev/there", Type="b", Major=7, Minor=1)
-        work = block_devices.plug(oci, resources(*rules), [], drives_of(Vm()), "a")
+        work = block_devices.plug(oci, rules(*listed), NO_LIMITS, [], drives_of(Vm()), "a")
         if allowed:
             assert [device.container_path for device in await work] == ["/dev/there"]
             assert [entry.Path for entry in oci.Linux.Devices] == ["/dev/there"]
@@ -213,9 +223,19 @@ async def test_a_mounted_device_becomes_one_of_the_spec(disk: Path) -> None:
     vm = Vm()
     oci = oci_pb2.Spec()
     mount = Mount("/dev/xvda", "bind", "/dev/null", ["ro"])  # whose numbers are looked at only
-    (device,) = await block_devices.plug(oci, resources(), [mount], drives_of(vm), "a")
+    (device,) = await block_devices.plug(oci, [], NO_LIMITS, [mount], drives_of(vm), "a")
     assert device.container_path == "/dev/xvda"
     assert [(entry.Path, entry.Type) for entry in oci.Linux.Devices] == [("/dev/xvda", "b")]
     assert [d.readonly for d in vm.disks.values()] == [True]
     deny, allow = oci.Linux.Resources.Devices
     assert (deny.Allow, allow.Allow, allow.Access) == (False, True, "r")
+
+
+async def test_rules_are_kept_without_devices() -> None:
+    """A disk of another container has numbers that a privileged process could make a node of."""
+    oci = oci_pb2.Spec()
+    block = {"allow": True, "type": "b", "major": 8, "minor": 0, "access": "rw"}
+    wanted = rules(DENY_ALL, block)
+    assert await block_devices.plug(oci, wanted, NO_LIMITS, [], drives_of(Vm()), "a") == []
+    (rule,) = oci.Linux.Resources.Devices
+    assert (rule.Allow, rule.Major) == (False, -1)

@@ -66,6 +66,55 @@ def test_only_what_was_asked_for_is_there_and_goes_again(tmp_path: Path, isolate
     assert (base / "dir" / "file").exists()
 
 
+def test_what_several_containers_have_is_shared_once(tmp_path: Path, isolated) -> None:
+    base = files(tmp_path)
+
+    def body() -> None:
+        with Share(tmp_path / "sid") as share:
+            source = str(base / "dir")
+            first = share.add_mount("web", source, "/a")
+            assert share.add_mount("web", source, "/b") == first
+            assert share.add_mount("db", source, "/c") == first
+            assert share.add_mount("db", source, "/c", readonly=True) != first
+            assert share.add_mount("db", source, "/c", follow=True) != first
+            mounts.mount("t", base / "dir" / "sub", "tmpfs")
+            (base / "dir" / "sub" / "later").touch()
+            later = share.add_mount("db", source, "/d")
+            assert (seen(share, later) / "sub" / "later").exists()
+            share.remove_container("web")
+            assert (seen(share, first) / "file").exists()
+            share.remove_container("db")
+            assert os.listdir(share.shared_dir) == []
+            again = share.add_mount("web", source, "/a")
+            assert (seen(share, again) / "file").exists()
+
+    isolated(body)
+
+
+def test_config_maps_are_watched(tmp_path: Path, isolated) -> None:
+    base = files(tmp_path)
+    config = base / "kubernetes.io~configmap" / "config"
+    config.mkdir(parents=True)
+    (config / "key").touch()
+    spec = spec_of(
+        tmp_path,
+        ("/config", "bind", str(config), ["rbind", "ro"]),
+        ("/dir", "bind", str(base / "dir"), ["rbind"]),
+    )
+
+    def body() -> None:
+        with Share(tmp_path / "sid") as share:
+            result = volumes.share_mounts(spec, share, "web")
+            (storage,) = result.storages
+            assert storage.driver == "watchable-bind"
+            assert storage.source.startswith(f"{GUEST_DIR}/web-")
+            assert result.mounts[0].source == storage.mount_point
+            assert result.mounts[0].options == ["rbind", "ro"]
+            assert result.mounts[1].source.startswith(f"{GUEST_DIR}/")
+
+    isolated(body)
+
+
 def test_the_guest_can_create_nothing_beside_its_shares(tmp_path: Path, isolated) -> None:
     base = files(tmp_path)
 

@@ -195,7 +195,7 @@ async def test_unknown_things(guest: Any) -> None:
         await guest.wait("c1", "no")
     assert caught.value.code == Code.NOT_FOUND
     with pytest.raises(RpcError) as caught:
-        await calls.ResizeVolume(pb.ResizeVolumeRequest(), timeout=20)
+        await calls.SetPolicy(pb.SetPolicyRequest(), timeout=20)
     assert caught.value.code == Code.UNIMPLEMENTED
 
 
