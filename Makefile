@@ -7,6 +7,7 @@ KERNEL  ?= build
 PYTHON  ?= /usr/bin/python3
 TESTS   ?=
 BENCH   ?=
+SOAK    ?=
 
 BUILD   := $(CURDIR)/build
 GUEST   := $(BUILD)/guest
@@ -22,7 +23,7 @@ export PATH := $(CACHE)/go/toolchain/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports deps-test \
-        unit integration test go critest bench proto docs clean kvmlab kvmlab-smoke kvmlab-shell
+        unit integration test go critest bench soak proto docs clean kvmlab kvmlab-smoke kvmlab-shell
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -98,7 +99,7 @@ fmt: venv ## let ruff format and mend
 	$(BIN)/ruff format .
 
 typecheck: venv ## mypy, strict
-	$(BIN)/mypy $(ROOMS) integration/lib integration/bench integration/critest tools/install.py tools/run.py
+	$(BIN)/mypy $(ROOMS) integration/lib integration/bench integration/critest integration/soak.py tools/install.py tools/run.py
 	MYPYPATH=rootfs-builder $(BIN)/mypy integration/kvmlab
 	cd rootfs-builder && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml guestbuild
 
@@ -108,6 +109,9 @@ imports: venv ## which package may know which
 critest: go venv guest stage ## cri-tools' critest, with both sandboxers of containerd 2
 	$(BIN)/python -m integration.critest --sandboxer podsandbox
 	$(BIN)/python -m integration.critest --sandboxer shim
+
+soak: go venv guest stage ## many pods, thousands of execs, and what is left of them (half an hour)
+	$(BIN)/python -m integration.soak $(SOAK)
 
 bench: go venv guest stage ## the tables of figures, beside runc's (long; wants a quiet host)
 	$(BIN)/python -m integration.bench $(BENCH)

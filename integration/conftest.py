@@ -161,7 +161,8 @@ def _is_spared(item: pytest.Item) -> bool:
     callspec = getattr(item, "callspec", None)
     if item.get_closest_marker("one_edition") is None or callspec is None:
         return False
-    return callspec.params.get("edition") == "go" or callspec.params.get("cri_node", "go") != "go"
+    parameters = callspec.params
+    return bool(parameters.get("edition") == "go" or parameters.get("cri_node", "go") != "go")
 
 
 def pytest_report_header() -> str:

@@ -83,6 +83,12 @@ def ends(pod: Pod, events: EventLog, limit: float = _SOON) -> None:
             lambda m=member: "/tasks/exit" in events.topics(m), _SOON, f"an exit event of {member}"
         )
     wait_until(lambda: not pod.traces(), _SOON, "no tap and no filter is left in the namespace")
+    # containerd answers a StopPodSandbox before it has noted itself that the sandbox is gone.
+    wait_until(
+        lambda: pod.node.inspect_pod(pod.id)["status"]["state"] == "SANDBOX_NOTREADY",
+        _SOON,
+        "the pod is not ready",
+    )
     pod.node.remove_pod(pod.id)
     assert pod.node.crictl("pods", "-q") == ""
     assert pod.node.crictl("ps", "-aq") == ""
