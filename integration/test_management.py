@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import socket
 import stat
 import subprocess
+import time
 import urllib.request
 from pathlib import Path
 
@@ -33,6 +36,7 @@ def test_management(kata: Kata, prefix: Path) -> None:
     _metrics(kata, container, prefix / "bin/kata-runtime")
     _monitor(container, prefix / "bin/kata-monitor")
     _log(kata, container)
+    _hung_guest(kata, container)
     for method, target, said in (
         ("GET", "/nothing", "there is no '/nothing' here"),
         ("DELETE", "/iptables", "takes GET, PUT"),
@@ -40,6 +44,21 @@ def test_management(kata: Kata, prefix: Path) -> None:
     ):
         with pytest.raises(ManagementError, match=said):
             ask(container, method, target)
+
+
+def _hung_guest(kata: Kata, container: str) -> None:
+    """Its own figures are missing then, and the host's are there within seconds."""
+    vmm = kata.pid_of(container, "vmm")
+    os.kill(vmm, signal.SIGSTOP)
+    try:
+        began = time.monotonic()
+        text = ask(container, "GET", "/metrics").decode()
+        assert time.monotonic() - began < 5
+    finally:
+        os.kill(vmm, signal.SIGCONT)
+    assert "kata_hypervisor_threads " in text
+    assert "kata_guest_" not in text
+    assert "kata_guest_load{" in ask(container, "GET", "/metrics").decode()
 
 
 def _log(kata: Kata, container: str) -> None:
