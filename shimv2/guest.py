@@ -184,6 +184,19 @@ class Guest:
             raise VmmError("there is no template to clone")
         await self._connect(_CLONE_LIMIT)
 
+    async def rehearse(self, storages: list[agent_pb2.Storage]) -> None:
+        """Have a guest of `boot_bare` make a sandbox with a share, and unmake it, so that its
+        kernel and its agent have done it before it counts.
+
+        Raises:
+            VmmError, RpcError: it can't; a real sandbox would fail too.
+        """
+        if self._config.hypervisor.shared_fs == "none":
+            return
+        async with self._machine.rehearsal_share():
+            await self._create_sandbox(storages, "", [])
+            await self.call("DestroySandbox", agent_pb2.DestroySandboxRequest())
+
     async def put_aside(self) -> None:
         """The guest of `boot_bare` waits for its next owner."""
         await self._machine.put_aside()

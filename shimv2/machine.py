@@ -226,6 +226,23 @@ class Machine:
         if device.socket is not None:  # its place is the next owner's
             device.socket.unlink(missing_ok=True)
 
+    @contextlib.asynccontextmanager
+    async def rehearsal_share(self) -> AsyncIterator[None]:
+        """An empty share, plugged for a while into a VM that is to have a sandbox's own later.
+
+        Raises:
+            VmmError: it can't be plugged, or the guest does not let it go.
+        """
+        directory = self._directory / "empty"
+        directory.mkdir()
+        daemon, device = self._share_of(directory)
+        async with daemon:
+            await daemon.start()
+            await self.vm.add_device(device)
+            yield
+            await self.vm.remove_device(device.id)
+        directory.rmdir()
+
     async def boot_template(self) -> None:
         """After `prepare`; with nothing that could not be saved but the channel, which goes in
         `save`."""
@@ -276,20 +293,23 @@ class Machine:
         return channel
 
     async def _open_virtiofsd(self) -> FsDevice:
+        daemon, device = self._share_of(share_dir(self._id) / "shared")
+        self.daemon = await self._stack.enter_async_context(daemon)
+        return device
+
+    def _share_of(self, directory: Path) -> tuple[Virtiofsd, FsDevice]:
         hypervisor = self._config.hypervisor
         socket = virtiofs_socket(self._id)
-        self.daemon = await self._stack.enter_async_context(
-            Virtiofsd(
-                hypervisor.virtio_fs_daemon,
-                share_dir(self._id) / "shared",
-                socket,
-                cache=hypervisor.virtio_fs_cache,
-                extra_args=hypervisor.virtio_fs_extra_args,
-                placement=Placement(cgroup_procs=self._placement.cgroup_procs),
-            )
+        daemon = Virtiofsd(
+            hypervisor.virtio_fs_daemon,
+            directory,
+            socket,
+            cache=hypervisor.virtio_fs_cache,
+            extra_args=hypervisor.virtio_fs_extra_args,
+            placement=Placement(cgroup_procs=self._placement.cgroup_procs),
         )
         queue_size = hypervisor.virtio_fs_queue_size or 1024
-        return FsDevice(id="fs0", tag=SHARE_TAG, socket=socket, queue_size=queue_size)
+        return daemon, FsDevice(id="fs0", tag=SHARE_TAG, socket=socket, queue_size=queue_size)
 
     async def _start_virtiofsd(self) -> None:
         assert self.daemon is not None

@@ -35,6 +35,7 @@ from shimv2.factory.templates import Templates, possible, template_key
 from shimv2.guest import Guest
 from shimv2.state import vm_dir
 from shimv2.timeline import Timeline
+from shimv2.volumes import sandbox_storages
 from ttrpc.errors import RpcError
 from vmm.errors import VmmError, ungrouped
 from vmm.hypervisor import Handover
@@ -181,6 +182,7 @@ class Cache:
                 pooled=True,
             ) as guest:
                 await guest.boot_bare(Templates(self._config))
+                await guest.rehearse(sandbox_storages(None))
                 await settle(guest)
                 await guest.put_aside()
                 pooled = Pooled(name, guest, round(time.monotonic() - began, 3))
