@@ -2,7 +2,7 @@
 """Root file systems and volumes that are disks of the VM: plugged, mounted by the guest, gone.
 
 containerd 2.4 only, since 1.6 has neither the blockfile nor the erofs snapshotter; its VMs are
-clones of a template.
+clones of a template, but for the one with SCSI disks.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def scsi(prefix: Path, place: Path) -> tuple[str | Path, ...]:
     copy.write_text(installed.read_text())
     (place / "config.d").mkdir(exist_ok=True)
     (place / "config.d/scsi.toml").write_text(
+        "[factory]\nenable_template = false\n"  # a VM that boots can be plugged as well
         '[hypervisor.qemu]\nblock_device_driver = "virtio-scsi"\n'
         f"disk_rate_limiter_bw_max_rate = {4 * _MIB * 8}\n"
     )

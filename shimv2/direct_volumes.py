@@ -23,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DIRECTORY = Path("/run/kata-containers/shared/direct-volumes")
+from shimv2.state import DIRECT_VOLUMES
+
+DIRECTORY = Path(DIRECT_VOLUMES)
 
 _FILE = "mountInfo.json"
 _BLOCK = "block"
@@ -164,6 +166,13 @@ def disclaim(volume: str, sandbox_id: str) -> None:
     """The opposite of `claim`; nothing noted is no error."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         (_directory(volume) / sandbox_id).unlink()
+
+
+def forget_sandbox(sandbox_id: str) -> None:
+    """It is gone, and has not disclaimed what it used."""
+    for directory in DIRECTORY.iterdir():
+        with contextlib.suppress(OSError):
+            (directory / sandbox_id).unlink()
 
 
 def users(volume: str) -> Iterator[str]:

@@ -6,14 +6,10 @@ from __future__ import annotations
 import json
 
 from shimv2.api import introspection_pb2
+from shimv2.bootstrap import MOUNT_TRANSFORMS, MOUNT_TYPES
 from shimv2.version import RUNTIME_NAME, VERSION
 
 ALLOWED_MOUNTS = "containerd.io/runtime-allow-mounts"
-MOUNT_TYPES = ("erofs",)
-"""Left to us instead of being mounted by containerd's mount manager (2.2 and later)."""
-TRANSFORMS = ("format", "mkdir")
-"""Prefixes of mount types that we apply ourselves; ``mkfs`` containerd does before."""
-
 FEATURES_TYPE = "types.containerd.io/opencontainers/runtime-spec/1/features/Features"
 FEATURES = {
     "ociVersionMin": "1.0.0",
@@ -32,7 +28,9 @@ def runtime_info() -> bytes:
     """A serialized containerd.types.RuntimeInfo."""
     info = introspection_pb2.RuntimeInfo(name=RUNTIME_NAME)
     info.version.version = VERSION
-    info.annotations[ALLOWED_MOUNTS] = ",".join((*MOUNT_TYPES, *(f"{t}/*" for t in TRANSFORMS)))
+    info.annotations[ALLOWED_MOUNTS] = ",".join(
+        (*MOUNT_TYPES, *(f"{t}/*" for t in MOUNT_TRANSFORMS))
+    )
     info.features.type_url = FEATURES_TYPE
     info.features.value = json.dumps(FEATURES).encode()
     return info.SerializeToString()

@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # `start` and `delete` are faster without typing
 SANDBOXES = Path("/run/vc/sbs")
 VMS = Path("/run/vc/vm")
 SHARES = Path("/run/kata-containers/shared/sandboxes")
+DIRECT_VOLUMES = "/run/kata-containers/shared/direct-volumes"
+"""Kata's place for what CSI drivers note of their volumes (`shimv2.direct_volumes`)."""
 
 _CGROUP_LIMIT = 0.5  # seconds
 _KILL_LIMIT = 4.0  # containerd gives `delete` 5 s in all
@@ -196,6 +198,10 @@ def remove_sandbox(sandbox_id: str) -> list[str]:
             remove_socket(record.socket)
     for directory in (vm_dir(sandbox_id), share_dir(sandbox_id), sandbox_dir(sandbox_id)):
         left += remove_tree(directory)
+    if os.path.isdir(DIRECT_VOLUMES):
+        from shimv2 import direct_volumes
+
+        direct_volumes.forget_sandbox(sandbox_id)
     return left
 
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from shimv2 import direct_volumes
 from shimv2.direct_volumes import DirectVolumeError
+from shimv2.state import sandbox_dir
 
 
 def add_direct_volume(commands: Any) -> None:
@@ -57,7 +58,7 @@ def run(options: argparse.Namespace) -> None:
         if options.action == "remove":
             direct_volumes.remove(volume)
             return
-        sandboxes = list(direct_volumes.users(volume))
+        sandboxes = [name for name in direct_volumes.users(volume) if sandbox_dir(name).exists()]
     except OSError as error:
         raise DirectVolumeError(f"{error.filename}: {error.strerror}") from error
     if not sandboxes:

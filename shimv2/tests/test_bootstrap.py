@@ -7,7 +7,7 @@ import pytest
 from google.protobuf import any_pb2
 
 from shimv2 import bootstrap
-from shimv2.api import bootstrap_pb2, runc_options_pb2, runtime_options_pb2, task_v2_pb2
+from shimv2.api import bootstrap_pb2, mount_pb2, runc_options_pb2, runtime_options_pb2, task_v2_pb2
 
 
 def packed(message, kind: str) -> bytes:
@@ -73,6 +73,11 @@ def test_the_rich_answer_is_a_bootstrap_result():
         bootstrap.answer(address, rich=True, json_answer=False)
     )
     assert (result.version, result.address, result.protocol) == (3, address, "ttrpc")
+    (extension,) = result.extensions
+    able = mount_pb2.MountCapabilities()
+    assert extension.value.Unpack(able)
+    assert list(able.types) == ["erofs"]
+    assert list(able.transforms) == ["format", "mkdir"]
 
 
 def test_plain_and_json_answers():

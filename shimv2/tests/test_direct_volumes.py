@@ -43,6 +43,9 @@ def test_added_found_used_and_removed(place: Path) -> None:
     direct_volumes.disclaim(VOLUME, "pod1")
     direct_volumes.disclaim(VOLUME, "pod1")
     assert list(direct_volumes.users(VOLUME)) == []
+    direct_volumes.claim(VOLUME, "pod2")
+    direct_volumes.forget_sandbox("pod2")
+    assert list(direct_volumes.users(VOLUME)) == []
     direct_volumes.remove(VOLUME)
     direct_volumes.remove(VOLUME)
     assert list(place.iterdir()) == []
