@@ -125,4 +125,4 @@ def _stays_below(overlay: Plain, points: Sequence[str]) -> bool:
         key = next((key for key in _DIRECTORY_KEYS if option.startswith(key)), None)
         if key is not None:
             paths += option.removeprefix(key).split(":")
-    return all(path.split("/", 2)[1] in {p[1:] for p in points} for path in paths if path)
+    return all(any(f"{path}/".startswith(f"{p}/") for p in points) for path in paths if path)
