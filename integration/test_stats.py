@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from integration.lib import cni, programs
 from integration.lib.cri import CriNode
 from integration.lib.crictl import CrictlError
+from integration.lib.disks import loop_device
 from integration.lib.kata import wait_until
 from shimv2.monitor.sandboxes import sandboxes
 
@@ -22,9 +24,12 @@ _SECONDS = 2.0
 _MEMORY = 96 << 20
 _SENT = 24 << 20
 _CHILDREN = 5
+_WRITTEN = 32 << 20
 
 _WORKLOAD = r"""
+#define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -66,6 +71,11 @@ int main(int argc, char **argv) {
         sent += step;
     }
     shutdown(fd, SHUT_WR);
+    int disk = open("/dev/disk", O_WRONLY | O_DIRECT);
+    void *block = aligned_alloc(4096, 1 << 20);
+    memset(block, 2, 1 << 20);
+    for (long written = 0; written < atol(argv[7]); written += 1 << 20)
+        if (write(disk, block, 1 << 20) != 1 << 20) { perror("/dev/disk"); return 1; }
     char end;
     if (read(fd, &end, 1)) return 1;
     volatile unsigned long count = 0;
@@ -78,16 +88,20 @@ int main(int argc, char **argv) {
 
 
 @pytest.mark.parametrize("cri_node", ["debian", "go-shim"], indirect=True)
-def test_what_is_told_is_what_was_used(node: CriNode) -> None:
+def test_what_is_told_is_what_was_used(node: CriNode, tmp_path: Path) -> None:
     pod = node.run_pod(
         handler="kata-alone", linux={"cgroup_parent": f"/pykata-stats-{os.getpid()}"}
     )
-    with _Sink(node) as sink:
+    file = tmp_path / "disk"
+    with file.open("wb") as empty:
+        empty.truncate(_WRITTEN)
+    with _Sink(node) as sink, loop_device(file) as disk:
         program = str(programs.build("workload", _WORKLOAD))
         container = node.start_container(
             pod,
             *("/workload", str(_SECONDS), str(_MEMORY), str(_SENT), str(_CHILDREN)),
-            *(cni.GATEWAY_4, str(sink.port)),
+            *(cni.GATEWAY_4, str(sink.port), str(_WRITTEN)),
+            devices=[{"host_path": disk, "container_path": "/dev/disk", "permissions": "rw"}],
             mounts=[{"host_path": program, "container_path": "/workload", "readonly": True}],
         )
         wait_until(lambda: "ready" in node.logs(container), 20, "it is ready")
@@ -105,7 +119,10 @@ def test_what_is_told_is_what_was_used(node: CriNode) -> None:
             _pod_stats(node, pod),
         )
         (labels,) = [sandbox.labels for sandbox in sandboxes() if sandbox.id == pod]
-    match = re.search(r"used ([\d.]+)", node.logs(container))
+        said = node.logs(container)
+        name = node.inspect_pod(pod)["status"]["metadata"]["name"]
+        node.remove_pod(pod)
+    match = re.search(r"used ([\d.]+)", said)
     assert match
     cpu = float(match[1])
     assert (after["cpu"] - before["cpu"]) / 1e9 == pytest.approx(cpu, rel=0.05)
@@ -113,8 +130,8 @@ def test_what_is_told_is_what_was_used(node: CriNode) -> None:
     for told in (after["memory"] - before["memory"], cri_after["memory"] - cri_before["memory"]):
         assert told == pytest.approx(_MEMORY, rel=0.05)
     assert after["pids"] == before["pids"] + _CHILDREN == 1 + _CHILDREN
+    assert after["written"] - before["written"] == pytest.approx(_WRITTEN, rel=0.05)
     assert after["sent"] - before["sent"] == pytest.approx(_SENT, rel=0.05)
-    name = node.inspect_pod(pod)["status"]["metadata"]["name"]
     pod_labels = {"cri_name": name, "cri_namespace": "default", "cri_uid": name}
     assert labels == {"sandbox_id": pod, **pod_labels}
     if pod_before is not None and pod_after is not None:
@@ -153,10 +170,15 @@ class _Sink:
 
 
 def _task_metrics(node: CriNode, container: str) -> dict[str, int]:
-    """`ctr task metrics`: nanoseconds of CPU, bytes of working set and of eth0, processes."""
+    """`ctr task metrics`: nanoseconds of CPU, bytes of working set, eth0 and disks, processes."""
     done = node.containerd.ctr("task", "metrics", "--format", "json", container, namespace="k8s.io")
     found = json.loads(done.stdout)
     data = found.get("data", found)
+    written = [
+        int(entry["value"])
+        for entry in data.get("blkio", {}).get("io_service_bytes_recursive", [])
+        if entry["op"].lower() == "write"
+    ]
     (eth0,) = [link for link in data["network"] if link["name"] == "eth0"]
     memory = data["memory"]
     return {
@@ -164,6 +186,7 @@ def _task_metrics(node: CriNode, container: str) -> dict[str, int]:
         "memory": int(memory["usage"]["usage"]) - int(memory.get("total_inactive_file", 0)),
         "pids": int(data["pids"]["current"]),
         "sent": int(eth0["tx_bytes"]),
+        "written": sum(written),
     }
 
 
