@@ -16,7 +16,8 @@ VENV    := .venv
 CACHE   := $(or $(PYKATA_CACHE),$(or $(XDG_CACHE_HOME),$(HOME)/.cache)/pykata)
 BIN     := $(VENV)/bin
 ROOMS   := ttrpc vmm agent shimv2
-TESTED  := $(ROOMS) rootfs-builder tools
+# The slowest first, as they run two at a time.
+TESTED  := rootfs-builder vmm $(filter-out vmm,$(ROOMS)) tools
 
 # Where tools/go.sh puts a newer Go, if this host needs one.
 export PATH := $(CACHE)/go/toolchain/bin:$(PATH)
@@ -76,7 +77,7 @@ test: deps-test go venv guest ## all checks and all tests, those with VMs and co
 	@$(MAKE) --no-print-directory integration kvmlab-smoke
 
 unit: venv ## tests that lie beside the code
-	$(BIN)/python -m pytest $(or $(TESTS),$(TESTED))
+	$(BIN)/python -m pytest --numprocesses auto $(or $(TESTS),$(TESTED))
 
 integration: go venv stage ## tests with real containerd, VMs and peers
 	$(BIN)/python -m pytest integration $(TESTS)
