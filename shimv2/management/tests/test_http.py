@@ -6,9 +6,22 @@ from __future__ import annotations
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from shimv2.management import http
 from shimv2.management.http import HttpError, Request, Response, serve_connection
+
+PIECES = (
+    b"GET / HTTP/1.1\r\nHost: x\r\n",
+    b"PUT /%ff HTTP/1.1\r\nHost: x\r\n",
+    b"Content-Length: 3\r\n",
+    b"Transfer-Encoding: chunked\r\n",
+    b"Expect: 100-continue\r\n",
+    b"\r\n",
+    b"3\r\nabc\r\n0\r\n\r\n",
+    b"GET http://[::1/ HTTP/1.1\r\nHost: x\r\n\r\n",
+)
 
 
 async def _echo(request: Request) -> Response:
@@ -120,3 +133,11 @@ async def test_an_answer_that_never_comes(autojump_clock: trio.testing.MockClock
         await client.send_all(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
         assert (await client.receive_some()).startswith(b"HTTP/1.1 504")
         nursery.cancel_scope.cancel()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.binary(max_size=200) | st.sampled_from(PIECES), max_size=8))
+def test_any_bytes_end_in_an_answer_or_in_the_end(pieces: list[bytes]) -> None:
+    said = trio.run(_talk, b"".join(pieces))
+    assert said == b"" or said.startswith(b"HTTP/1.1 ")
+    assert b"internal error" not in said
