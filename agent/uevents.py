@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _NETLINK_KOBJECT_UEVENT = 15
 _KERNEL_EVENTS = 1  # the multicast group
+_DRIVER_OK = 4  # VIRTIO_CONFIG_S_DRIVER_OK
 _PXB_FIRST_BUS = 0x20  # a first element from here on names a root complex, not a slot
 
 
@@ -178,9 +179,10 @@ def wait_block_device(
 
     elif kind == "scsi":
         target, lun = parse_scsi_address(identifier)
-        scan_scsi(target, lun, sysfs)
+        scanned: set[str] = set()  # the controller may be as new as its disk
 
         def name() -> str | None:
+            scan_scsi(target, lun, scanned, sysfs)
             return scsi_block_name(identifier, sysfs)
 
     else:
@@ -224,13 +226,30 @@ def wait_for(
     yield Wait(what, ready, timeout)
 
 
-def scan_scsi(target: int, lun: int, sysfs: str = "/sys") -> None:
-    """Ask every SCSI host to look at one address: channel, id, lun."""
-    hosts = f"{sysfs}/class/scsi_host"
-    if not os.path.isdir(hosts):
-        raise RpcError(Code.NOT_FOUND, f"SCSI address {target}:{lun}: the guest has no SCSI host")
-    for host in os.listdir(hosts):
-        write_sysfs(f"{hosts}/{host}/scan", f"0 {target} {lun}")
+def scan_scsi(target: int, lun: int, scanned: set[str], sysfs: str = "/sys") -> None:
+    """Ask every SCSI host that is not in `scanned` yet to look at one address: channel, id, lun."""
+    try:
+        hosts = os.listdir(f"{sysfs}/class/scsi_host")
+    except FileNotFoundError:
+        raise RpcError(
+            Code.NOT_FOUND, f"SCSI address {target}:{lun}: the guest has no SCSI host"
+        ) from None
+    for host in hosts:
+        directory = f"{sysfs}/class/scsi_host/{host}"
+        if host not in scanned and _takes_commands(directory):
+            scanned.add(host)
+            write_sysfs(f"{directory}/scan", f"0 {target} {lun}")
+
+
+def _takes_commands(host: str) -> bool:
+    """Whether the driver of a virtio host has said that it is ready: a command queued before that
+    is not seen by the device, and a scan would wait for it until it times out."""
+    virtio = os.path.realpath(f"{host}/../../..")  # …/virtio5/host0/scsi_host/host0
+    try:
+        with open(f"{virtio}/status", encoding="ascii") as file:
+            return bool(int(file.read(), 16) & _DRIVER_OK)
+    except (OSError, ValueError):  # no virtio device
+        return True
 
 
 def write_sysfs(path: str, text: str) -> bool:

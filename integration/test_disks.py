@@ -23,6 +23,7 @@ from integration.lib.disks import ext4, loop_device, mounted
 from integration.lib.images import Image, busybox_layer, layer_of, oci_archive
 from integration.lib.kata import Kata, wait_until
 from integration.lib.leftovers import left_by
+from shimv2 import direct_volumes
 
 _LAYERS = 3
 _IMAGE = "localhost/layers:latest"
@@ -237,7 +238,7 @@ def test_a_direct_volume(disks: Kata, prefix: Path, tmp_path: Path) -> None:
         assert (point / "file").read_text() == "in the guest\n"
 
 
-def test_more_disks_than_places(disks: Kata, prefix: Path, tmp_path: Path) -> None:
+def test_more_disks_than_places(disks: Kata, tmp_path: Path) -> None:
     flags: tuple[str, ...] = ()
     volumes = [tmp_path / f"v{number}" for number in range(31)]
     try:
@@ -245,8 +246,7 @@ def test_more_disks_than_places(disks: Kata, prefix: Path, tmp_path: Path) -> No
             image = tmp_path / f"image{number}"
             image.write_bytes(bytes(_MIB))
             volume.mkdir()
-            path = ("--volume-path", str(volume))
-            _direct_volume(prefix, "add", *path, "--mount-info", _record(image))
+            direct_volumes.add(str(volume), _record(image))
             flags += ("--mount", f"type=bind,src={volume},dst=/v{number},options=rbind:rw")
         with disks.pod() as pod:
             with pytest.raises(CtrError, match=r"no PCI slot left.*virtio-scsi"):
@@ -254,6 +254,7 @@ def test_more_disks_than_places(disks: Kata, prefix: Path, tmp_path: Path) -> No
             member = pod.start("sh", "-c", f"test $({_DISKS}) = 0")
             wait_until(lambda: disks.status(member) == "STOPPED", 10, "it has ended")
             assert disks.delete(member) == 0, "all of them are unplugged again"
+        assert not [user for volume in volumes for user in direct_volumes.users(str(volume))]
     finally:
         for volume in volumes:
-            _direct_volume(prefix, "remove", "--volume-path", str(volume))
+            direct_volumes.remove(str(volume))

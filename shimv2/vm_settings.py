@@ -123,8 +123,13 @@ def network_settings(config: Config, fixed: Size | None = None) -> NetworkSettin
 
 def _kernel_params(config: Config) -> str:
     agent = config.agent
-    # The kernel's dummy0 would have the same MAC address in all clones of a template.
-    words = ["agent.passfd_listener_port=1027", "agent.forward_port=1028", "dummy.numdummies=0"]
+    words = [
+        "agent.passfd_listener_port=1027",
+        "agent.forward_port=1028",
+        "agent.hotplug_timeout=10",  # seconds; Kata's 3 are little for an emulated guest
+        "dummy.numdummies=0",  # dummy0 would have the same MAC address in all clones of a template
+        "scsi_mod.scan=manual",  # the agent looks where a disk is, not at 256 targets
+    ]
     if config.hypervisor.enable_virtio_mem:
         # What is added can be taken away again where the kernel keeps nothing of its own.
         words.append("memory_hotplug.online_policy=auto-movable")

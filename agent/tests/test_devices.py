@@ -125,6 +125,31 @@ def test_scsi_and_plain_nodes(guest: tuple[str, str]) -> None:
     assert Path(guest[0], "class/scsi_host/host0/scan").read_text() == "0 0 3"
 
 
+def test_a_scsi_host_is_asked_once_it_is_ready(tmp_path: Path) -> None:
+    sysfs, dev = tmp_path / "sys", tmp_path / "dev"
+    (sysfs / "class/scsi_host").mkdir(parents=True)
+    work = uevents.wait_block_device("scsi", "0:1", 5.0, str(sysfs), str(dev))
+    step = next(work)
+    assert isinstance(step, waiting.Wait)
+    virtio = sysfs / "devices/pci0000:00/virtio5"
+    host = virtio / "host0/scsi_host/host0"
+    host.mkdir(parents=True)
+    (host / "scan").touch()
+    (virtio / "status").write_text("0x00000003\n")  # its driver is still at work
+    (sysfs / "class/scsi_host/host0").symlink_to(host)
+    assert not step.ready()
+    assert (host / "scan").read_text() == ""
+    (virtio / "status").write_text("0x0000000f\n")
+    assert not step.ready()
+    assert (host / "scan").read_text() == "0 0 1"
+    (host / "scan").write_text("")
+    (sysfs / "bus/scsi/devices/0:0:0:1/block/sda").mkdir(parents=True)
+    dev.mkdir()
+    (dev / "sda").touch()
+    assert step.ready()
+    assert (host / "scan").read_text() == "", "once is enough"
+
+
 @pytest.mark.parametrize(
     ("entry", "code", "text"),
     [
