@@ -155,3 +155,33 @@ def test_who_takes_too_much_memory_is_killed_alone(kata: Kata, events: EventLog)
         pod.members.remove(greedy)
         assert kata.status(other) == "RUNNING"
         assert kata.execute(other, "echo", "alive").stdout == "alive\n"
+
+
+@pytest.mark.one_edition
+def test_a_container_that_may_swap(kata: Kata, prefix: Path, tmp_path: Path) -> None:
+    """By annotations; its limit and 128 MiB of swap are what it gets."""
+    file = tmp_path / "configuration.toml"
+    installed = prefix / "share/defaults/kata-containers/configuration.toml"
+    file.write_text(installed.read_text())
+    (tmp_path / "config.d").mkdir()
+    (tmp_path / "config.d/swap.toml").write_text(
+        "[factory]\nenable_template = false\n[hypervisor.qemu]\nenable_guest_swap = true\n"
+        f'guest_swap_path = "{tmp_path}/swap"\n'
+    )
+    limit = ("--memory-limit", str(64 * _MIB))
+    asks = "io.katacontainers.container.resource"
+    with kata.pod(flags=("--runtime-config-path", file)) as pod:
+        flags = ("--runtime-config-path", file, *limit)
+        swaps = pod.start(
+            *("sleep", "1000"),
+            flags=(
+                *flags,
+                *("--annotation", f"{asks}.swappiness=60"),
+                *("--annotation", f"{asks}.swap_in_bytes={192 * _MIB}"),
+            ),
+        )
+        words = kata.execute(swaps, "grep", "SwapTotal", "/proc/meminfo").stdout.split()
+        assert int(words[1]) == 128 << 10
+        assert _takes(kata, swaps, 128)
+        assert not _takes(kata, swaps, 220)
+        assert not list((tmp_path / "swap").iterdir()), "the file has no name"

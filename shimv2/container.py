@@ -101,6 +101,7 @@ class Container:
                 root_path=files.root_path,
                 mounts=files.mounts,
                 seccomp=not life.origin.config.runtime.disable_guest_seccomp,
+                swap=life.origin.config.hypervisor.enable_guest_swap,
             )
             _complete(converted.message, life.origin)
             if life.sizing is not None:

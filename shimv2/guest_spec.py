@@ -25,6 +25,9 @@ _MessageT = TypeVar("_MessageT", bound=Message)
 # The one field whose name differs by more than capitals.
 _RENAMED = {("grpc.Spec", "ociversion"): "Version"}
 
+_SWAPPINESS = "io.katacontainers.container.resource.swappiness"
+_SWAP = "io.katacontainers.container.resource.swap_in_bytes"  # with the memory
+
 # Namespaces that are the VM's own.
 _HOST_NAMESPACES = ("network", "cgroup", "time", "pid")
 
@@ -105,7 +108,20 @@ def resources_of(spec: Spec) -> oci_pb2.LinuxResources:
         SpecError: a value of a wrong type or size.
     """
     document = (spec.json.get("linux") or {}).get("resources") or {}
-    return _convert(document, oci_pb2.LinuxResources(), "linux.resources").message
+    resources = _convert(document, oci_pb2.LinuxResources(), "linux.resources").message
+    swap = _annotated(spec, _SWAP, 1 << 63)
+    if swap:
+        resources.Memory.Swap = swap
+    if _SWAPPINESS in spec.annotations:
+        resources.Memory.Swappiness = _annotated(spec, _SWAPPINESS, 100)
+    return resources
+
+
+def _annotated(spec: Spec, name: str, most: int) -> int:
+    text = spec.annotations.get(name, "0")
+    if not text.isdecimal() or int(text) > most:
+        raise SpecError(f"annotations[{name}]: must be between 0 and {most}, is {text[:80]!r}")
+    return int(text)
 
 
 def device_rules(spec: Spec) -> list[oci_pb2.LinuxDeviceCgroup]:
@@ -132,6 +148,7 @@ def guest_spec(
     seccomp: bool = True,
     selinux: bool = False,
     vfio_in_guest_kernel: bool = True,
+    swap: bool = False,
 ) -> Converted[oci_pb2.Spec]:
     """What CreateContainer sends for `spec`.
 
@@ -140,6 +157,7 @@ def guest_spec(
         mounts: the spec's mounts with the guest's sources (`shimv2.volumes`).
         seccomp: the guest supports it and it is not disabled.
         selinux: the guest has a policy; otherwise labels are emptied.
+        swap: the guest has swap space as annotations ask for.
         vfio_in_guest_kernel: devices below /dev/vfio are the guest kernel's.
     """
     converted = spec_from_json(spec.json)
@@ -172,6 +190,8 @@ def guest_spec(
     if not seccomp:
         linux.ClearField("Seccomp")
     guest_resources(linux.Resources)
+    if swap and linux.Resources.Memory.Limit > 0 and (total := _annotated(spec, _SWAP, 1 << 63)):
+        linux.Resources.Memory.Swap = total
     _replace(
         linux.Namespaces,
         (

@@ -41,6 +41,8 @@ class Demand:
         memory: limit in bytes, 0 for none.
         hugepages: sum of its limits of all page sizes, in bytes.
         cpuset, memory_nodes: of the host, "" for any; as the kernel writes lists ("0-3,8").
+        swap: limit of memory and swap together, in bytes, 0 for none.
+        swappiness: above 0 it wants swap space.
     """
 
     cpus: float = 0.0
@@ -48,6 +50,8 @@ class Demand:
     hugepages: int = 0
     cpuset: str = ""
     memory_nodes: str = ""
+    swap: int = 0
+    swappiness: int = 0
 
     def updated(self, resources: oci_pb2.LinuxResources) -> Demand:
         """After an Update: what `resources` leaves out stays as it was.
@@ -72,6 +76,8 @@ class Demand:
             hugepages,
             resources.CPU.Cpus or self.cpuset,
             resources.CPU.Mems or self.memory_nodes,
+            max(0, resources.Memory.Swap) or self.swap,
+            resources.Memory.Swappiness or self.swappiness,
         )
 
 
@@ -162,6 +168,22 @@ def union(lists: Iterable[str]) -> str:
     if not lists or not all(lists):
         return ""
     return ",".join(map(str, sorted(frozenset().union(*(numbers(text, "list") for text in lists)))))
+
+
+def wanted_swap(own_mib: int, demands: Iterable[Demand]) -> int:
+    """Bytes of swap space for these containers; `own_mib` once for all that set no limit."""
+    total = 0
+    unlimited = False
+    for demand in demands:
+        if not demand.swappiness:
+            continue
+        if demand.swap:
+            total += max(0, demand.swap - demand.memory)
+        elif demand.memory:
+            total += demand.memory
+        else:
+            unlimited = True
+    return total + own_mib * _MIB * unlimited
 
 
 @dataclass(frozen=True, slots=True)

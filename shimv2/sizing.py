@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import trio
@@ -11,8 +12,17 @@ import trio
 from agent.api import agent_pb2, oci_pb2
 from shimv2.cgroups import CgroupError
 from shimv2.guest_spec import resources_of
-from shimv2.resources import Demand, Size, demand_of, pod_demand, union, wanted_size
+from shimv2.resources import (
+    Demand,
+    Size,
+    demand_of,
+    pod_demand,
+    union,
+    wanted_size,
+    wanted_swap,
+)
 from shimv2.spec import ContainerKind
+from shimv2.swap import GuestSwap
 from vmm.errors import CapacityError, VmmError
 
 if TYPE_CHECKING:
@@ -62,6 +72,9 @@ class Sizing:
         self._most = Size(vm.config.max_vcpus, vm.config.max_memory_mib)
         self._demands: dict[str, Demand] = {}
         self._lock = trio.Lock()
+        self._swap: GuestSwap | None = None
+        if config.hypervisor.enable_guest_swap:
+            self._swap = GuestSwap(Path(config.hypervisor.guest_swap_path), guest)
 
     async def settle(self) -> None:
         """A VM of a fixed size that was not made with it, since it is a clone, gets it now.
@@ -116,6 +129,8 @@ class Sizing:
             demands = {**self._demands, container_id: demand}
             if self._fixed is None:
                 await self._grow(self._wanted(demands))
+            if self._swap is not None:
+                await self._swap.cover(wanted_swap(self._own_memory, demands.values()))
             self._confine(demands)
             self._demands = demands
 

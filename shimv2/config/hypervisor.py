@@ -207,9 +207,14 @@ class HypervisorConfig(Section):
         sample=True,
     )
     enable_guest_swap: bool = key(
-        False, "swap disk in the guest", annotation=SAME_NAME, vmms="Q", support=NO
+        False,
+        "swap disks in the guest, for containers whose annotations ask for it",
+        annotation=SAME_NAME,
+        vmms="Q",
     )
-    guest_swap_path: str = key("/run/kata-containers/swap", "where swap files lie", support=NO)
+    guest_swap_path: str = key(
+        "/run/kata-containers/swap", "directory of the swap files, which have no name there"
+    )
     guest_swap_size_percent: int = key(
         100, "size of the swap", unit="%", low=0, high=1000, support=NO
     )
