@@ -11,17 +11,22 @@ import argparse
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from integration.conftest import TREE, edition_named
 from integration.lib.cri import CriNode
-from integration.lib.crictl import Crictl
+from integration.lib.crictl import Crictl, CrictlError
+from integration.lib.templates import Templates
 
 _SHIM_MIB = 45.0
 _CONTAINER_MIB = 1.0  # more for each
@@ -73,15 +78,44 @@ def main() -> int:
     parser.add_argument("--prefix", type=Path, default=TREE / "build/prefix")
     args = parser.parse_args()
     report = Report()
-    edition = edition_named(args.edition)
-    with CriNode(edition, args.prefix, sandboxer=args.sandboxer) as node:
-        one_by_one(node, report, args.pods)
-        at_once(node, report, args.at_once)
-        for size in args.sizes:
-            pod_of(node, report, size)
-        execs(node, report, args.execs, args.prefix / "bin/kata-runtime")
+    with template(args.prefix) as configuration:
+        node = CriNode(
+            edition_named(args.edition),
+            args.prefix,
+            configuration=configuration,
+            sandboxer=args.sandboxer,
+        )
+        with node:
+            steps: list[Callable[[], None]] = [
+                lambda: one_by_one(node, report, args.pods),
+                lambda: at_once(node, report, args.at_once),
+                *(partial(pod_of, node, report, size) for size in args.sizes),
+                lambda: execs(node, report, args.execs, args.prefix / "bin/kata-runtime"),
+            ]
+            for step in steps:
+                try:
+                    step()
+                except CrictlError as error:
+                    report.check(False, str(error))
+                    _check_left(node, report, "the step that failed")
     print(report.text())
     return 1 if report.problems else 0
+
+
+@contextmanager
+def template(prefix: Path) -> Iterator[Path]:
+    """A configuration with a template of its own, which is ready."""
+    directory = Path(tempfile.mkdtemp(prefix="soak-", dir="/run"))
+    templates = Templates(prefix, directory)
+    _say("making a template")
+    try:
+        done = templates.command("init")
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        yield templates.file
+    finally:
+        templates.command("destroy")
+        shutil.rmtree(directory)
 
 
 def one_by_one(node: Crictl, report: Report, count: int) -> None:
