@@ -22,7 +22,7 @@ _NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
 _LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"'
 _FLOAT = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]{1,3})?|[+-]?Inf|NaN"
 _SAMPLE = re.compile(rf"({_NAME})(?:\{{((?:{_LABEL}(?:,{_LABEL})*)?),?\}})? ({_FLOAT})")
-_LABELS = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)=")
+_LABEL_NAMES = re.compile(r'([a-zA-Z_][a-zA-Z0-9_]*)="(?:[^"\\]|\\.)*"')
 _COMMENT = re.compile(rf"# (HELP|TYPE) ({_NAME}) ?(.*)")
 _LINE_LIMIT = 4096  # characters
 _HELP_LIMIT = 160
@@ -140,6 +140,7 @@ def parse(
     page = Page()
     kinds: dict[str, str] = {}
     helps: dict[str, str] = {}
+    places: dict[str, tuple[Family, str] | None] = {}  # by the names of samples
     left = samples
     for line in text.split("\n"):
         if len(line) > _LINE_LIMIT:
@@ -159,15 +160,24 @@ def parse(
         if not left:
             break
         left -= 1
-        name, labels, value = found[1], found[2] or "", found[3]
-        base = _family_of(name, kinds)
-        ours = rename(base)
-        names = _LABELS.findall(re.sub(r'"(?:[^"\\]|\\.)*"', "", labels))
-        if ours is None or len(set(names)) < len(names) or reserved.intersection(names):
+        name, labels, value = found.groups("")
+        if name not in places:
+            base = _family_of(name, kinds)
+            ours = rename(base)
+            if ours is None:
+                places[name] = None
+            else:
+                kind = kind_of(ours) if kind_of else kinds.get(base, "untyped")
+                family = page.family(ours, helps.get(base, ""), kind)
+                places[name] = family, ours + name[len(base) :]
+        place = places[name]
+        if place is None:
             continue
-        kind = kind_of(ours) if kind_of else kinds.get(base, "untyped")
-        family = page.family(ours, helps.get(base, ""), kind)
-        family.add(ours + name[len(base) :], labels, value)
+        if labels:
+            names = _LABEL_NAMES.findall(labels)
+            if len(set(names)) < len(names) or not reserved.isdisjoint(names):
+                continue
+        place[0].add(place[1], labels, value)
     return page
 
 

@@ -54,9 +54,9 @@ async def snapshot(guest: Guest, containers: Iterable[str], host_cpu: float) -> 
         try:
             stats = (await guest.call("StatsContainer", request)).cgroup_stats
         except RpcError as error:
-            if error.code is not Code.NOT_FOUND:  # a pause container, or one that has just ended
+            if error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED):
                 raise
-            continue
+            continue  # the agent does not know it: a pause container, or one that has just ended
         now.guest_cpu[container_id] = stats.cpu_stats.cpu_usage.total_usage / 1e9
         now.guest_memory += stats.memory_stats.usage.usage
     return now
