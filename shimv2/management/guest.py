@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,12 @@ async def metrics(sandbox: Sandbox, _: Request) -> Response:
 async def agent_url(sandbox: Sandbox, _: Request) -> Response:
     """GET /agent-url: for programs that talk to the agent themselves."""
     return Response((await running(sandbox)).agent_url)
+
+
+async def env(sandbox: Sandbox, _: Request) -> Response:
+    """GET /env: VMM, and the size that the VM has now, as JSON."""
+    facts = await (await running(sandbox)).facts()
+    return Response(json.dumps(facts), content_type="application/json")
 
 
 async def get_iptables(sandbox: Sandbox, request: Request) -> Response:

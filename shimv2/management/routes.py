@@ -21,6 +21,7 @@ Handler = Callable[["Sandbox", Request], Awaitable[Response]]
 ROUTES: dict[str, dict[str, Handler]] = {
     "/metrics": {"GET": guest.metrics},
     "/agent-url": {"GET": guest.agent_url},
+    "/env": {"GET": guest.env},
     "/iptables": {"GET": guest.get_iptables, "PUT": guest.set_iptables},
     "/direct-volume/resize": {"POST": volumes.resize},
     "/direct-volume/stats": {"GET": volumes.stats},
