@@ -11,6 +11,7 @@ import pytest
 
 from integration.lib.cri import CriNode
 from integration.lib.kata import wait_until
+from shimv2.runtime_cli.management import ask
 
 _MIB = 1 << 20
 
@@ -41,6 +42,12 @@ def _rss_mib(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 >> 20
 
 
+def _size(pod: str) -> tuple[int, int]:
+    """vCPUs and MiB, as the shim tells."""
+    said = json.loads(ask(pod, "GET", "/env"))
+    return int(said["vcpus"]), int(said["memory_mib"])
+
+
 def _limits(*, memory: int) -> dict[str, object]:
     """The part of a ContainerConfig."""
     return {"resources": {"memory_limit_in_bytes": memory * _MIB}}
@@ -59,6 +66,7 @@ def test_an_update_makes_the_vm_larger(node: CriNode) -> None:
     assert node.execute(container, "nproc").strip() == "2"
     wait_until(lambda: _memory_mib(node, container) >= before + 240, 10, "the memory is up")
     assert _memory_mib(node, container) <= before + 272
+    assert _size(pod) == (2, 2048 + 256)
 
 
 @needs_two_cpus
@@ -88,6 +96,7 @@ def test_what_is_freed_goes_back_to_the_host(node: CriNode) -> None:
     script += " until [ -e /end ]; do sleep 0.1; done; exec sleep 1000"
     greedy = node.start_container(pod, "sh", "-c", script, linux=_limits(memory=400))
     assert own + 384 <= _memory_mib(node, first) <= own + 416
+    assert _size(pod) == (1, 2048 + 400)
 
     vmm = _vmm(pod)
     blocks, resident = _memory_files_mib(vmm), _rss_mib(vmm)
