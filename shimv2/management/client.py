@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a shim by its management socket, from a program that speaks trio."""
+"""HTTP/1.1 from a program that speaks trio: asks a shim by its socket, or sends to a collector."""
 
 from __future__ import annotations
 
@@ -43,19 +43,56 @@ async def fetch(socket: Path, target: str, *, limit: float) -> bytes:
             except OSError as error:
                 raise FetchError(f"{socket}: {error.strerror or error}", gone=True) from error
             async with stream:
-                return await _exchange(stream, target)
+                return await _exchange(stream, "GET", target)
     except trio.TooSlowError:
         raise FetchError(f"{socket}: no answer in {limit:g} s") from None
     except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
         raise FetchError(f"{socket}: {error}") from error
 
 
-async def _exchange(stream: trio.SocketStream, target: str) -> bytes:
+async def post(
+    host: str, port: int, target: str, body: bytes, content_type: str, *, limit: float
+) -> bytes:
+    """The body of the answer to POST, over TCP.
+
+    Raises:
+        FetchError: as `fetch`.
+    """
+    where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        with trio.fail_after(limit):
+            try:
+                stream = await trio.open_tcp_stream(host, port)
+            except OSError as error:
+                raise FetchError(f"{where}: {error.strerror or error}", gone=True) from error
+            async with stream:
+                return await _exchange(stream, "POST", target, where, body, content_type)
+    except trio.TooSlowError:
+        raise FetchError(f"{where}: no answer in {limit:g} s") from None
+    except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
+        raise FetchError(f"{where}: {error}") from error
+
+
+async def _exchange(
+    stream: trio.SocketStream,
+    method: str,
+    target: str,
+    host: str = "localhost",
+    body: bytes = b"",
+    content_type: str = "",
+) -> bytes:
     connection = h11.Connection(h11.CLIENT)
-    headers = [("Host", "localhost"), ("Connection", "close")]
-    request = connection.send(h11.Request(method="GET", target=target, headers=headers))
+    headers = [("Host", host), ("Connection", "close")]
+    if body:
+        headers += [("Content-Type", content_type), ("Content-Length", str(len(body)))]
+    request = connection.send(h11.Request(method=method, target=target, headers=headers))
     assert request is not None
+    request += connection.send(h11.Data(data=body)) or b"" if body else b""
     await stream.send_all(request + (connection.send(h11.EndOfMessage()) or b""))
+    return await _answer(connection, stream)
+
+
+async def _answer(connection: h11.Connection, stream: trio.SocketStream) -> bytes:
     status = 0
     body = bytearray()
     while True:

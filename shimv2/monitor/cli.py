@@ -14,6 +14,7 @@ import trio
 
 from shimv2.management.http import serve_connection
 from shimv2.monitor.endpoints import Endpoints
+from shimv2.monitor.traces import Collector, Exporter, collector
 from shimv2.version import VERSION
 from vmm.errors import ungrouped
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     host, port = options.listen_address
     try:
         with ungrouped():
-            trio.run(_run, host, port)
+            trio.run(_run, host, port, options.otlp_endpoint)
     except OSError as error:
         reason = error.strerror or error
         print(f"{PROGRAM}: --listen-address {host or '*'}:{port}: {reason}", file=sys.stderr)
@@ -73,7 +74,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--runtime-endpoint", metavar="SOCKET", help="taken for compatibility, not used"
     )
+    parser.add_argument(
+        "--otlp-endpoint",
+        type=_collector,
+        metavar="URL",
+        help="also send each start of a sandbox as a trace to this OpenTelemetry collector",
+    )
     return parser
+
+
+def _collector(text: str) -> Collector:
+    try:
+        return collector(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -87,12 +101,14 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-async def _run(host: str, port: int) -> None:
+async def _run(host: str, port: int, traces: Collector | None) -> None:
     endpoints = Endpoints()
     listeners = await trio.open_tcp_listeners(port, host=host or None)
     async with trio.open_nursery() as nursery:
         handler = partial(_serve, endpoints, trio.Semaphore(_CONNECTIONS))
         nursery.start_soon(trio.serve_listeners, handler, listeners)
+        if traces is not None:
+            nursery.start_soon(Exporter(traces).run)
         name, number = listeners[0].socket.getsockname()[:2]
         log.info("listening on %s port %d", name, number)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
