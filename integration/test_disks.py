@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -126,6 +127,32 @@ def test_layers_are_shared_by_the_containers_of_a_pod(disks: Kata) -> None:
         three = pod.start("cat", "/layer1", flags=flags)
         wait_until(lambda: disks.status(three) == "STOPPED", 10, "a third finds its layers")
         assert disks.delete(three) == 0
+
+
+def test_an_image_of_which_only_the_directories_are_merged(
+    disk_containerd: Containerd, disks: Kata, tmp_path: Path
+) -> None:
+    """Its metadata refers to its layer's data by a further disk.  mkfs.erofs of Debian 12 can't
+    merge layers, so containerd's snapshot is exchanged for one that is made likewise."""
+    reference = "localhost/merged:latest"
+    image = Image([busybox_layer({"merged": b"yes"})])
+    archive = oci_archive(tmp_path / "merged.tar", reference, image)
+    disk_containerd.ctr("images", "import", "--local", "--snapshotter", "erofs", archive)
+    root = disk_containerd.directory / "root/io.containerd.snapshotter.v1.erofs/snapshots"
+    snapshot = max(root.iterdir(), key=lambda path: path.stat().st_mtime)
+    tree = unpack_busybox(tmp_path)
+    (tree / "merged").write_text("yes")
+    data, metadata = tmp_path / "data", tmp_path / "metadata"
+    data.touch()
+    make = ["mkfs.erofs", "--quiet", "--chunksize=4096", f"--blobdev={data}", metadata, tree]
+    subprocess.run(make, check=True, capture_output=True)
+    shutil.copy(data, snapshot / "layer.erofs")
+    shutil.copy(metadata, snapshot / "fsmeta.erofs")
+    done = disks.ctr(
+        *("run", "--rm", "--runtime", RUNTIME, "--snapshotter", "erofs", reference),
+        *(disks.new_id(), "sh", "-c", f"cat /merged; {_DISKS}"),
+    )
+    assert done.stdout == "yes3\n", "the writable layer, metadata and data"
 
 
 def test_a_block_device_of_a_container(disks: Kata, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 from integration.lib import programs
 from integration.lib.cri import CriNode
 from integration.lib.crictl import CrictlError
+from integration.lib.disks import loop_device
 from integration.lib.kata import wait_until
 
 _MIB = 1 << 20
@@ -130,8 +131,17 @@ def volumes(node: CriNode) -> Iterator[Volumes]:
         found.pod = node.run_pod(linux={"security_context": {"privileged": True}})
         stack.callback(node.remove_pod, found.pod)
         privileged = {"security_context": {"privileged": True}}  # Bidirectional needs it
+        (root / "disk").write_bytes(b"raw disk".ljust(_MIB, b"\0"))
+        device = stack.enter_context(loop_device(root / "disk"))
+        disk = {"host_path": device, "container_path": "/dev/volume", "permissions": "rwm"}
         found.one, found.two = (
-            node.start_container(found.pod, "sleep", "1000", mounts=_mounts(root), linux=privileged)
+            node.start_container(
+                found.pod,
+                *("sleep", "1000"),
+                mounts=_mounts(root),
+                devices=[disk],
+                linux=privileged,
+            )
             for _ in range(2)
         )
         yield found
@@ -150,6 +160,7 @@ def test_volumes_of_a_pod(volumes: Volumes) -> None:
     _files(volumes)
     _links(volumes)
     _read_only(volumes)
+    _raw_disk(volumes)
     _empty_dirs(volumes)
     _between_containers(volumes)
     _propagation(volumes)
@@ -194,6 +205,18 @@ def _read_only(v: Volumes) -> None:
     for path in ("/ro/x", "/ro/inner/x", "/rro/x", "/rro/inner/x", "/config/x"):
         with pytest.raises(CrictlError, match="Read-only file system"):
             v.run(v.one, f"touch {path}")
+
+
+def _raw_disk(v: Volumes) -> None:
+    """What a pod has as `volumeDevices`: one disk for both."""
+    assert v.run(v.one, "head -c 8 /dev/volume") == "raw disk"
+    v.run(v.one, "echo written | dd of=/dev/volume bs=4096 seek=2 conv=fsync 2>/dev/null")
+    assert v.run(v.two, "dd if=/dev/volume bs=4096 skip=2 count=1 2>/dev/null | head -c 7") == (
+        "written"
+    )
+    numbers = {v.run(container, "stat -c %t:%T /dev/volume") for container in (v.one, v.two)}
+    assert numbers == {"fe:10\n"}
+    assert (v.root / "disk").read_bytes()[8192:8199] == b"written"
 
 
 def _empty_dirs(v: Volumes) -> None:
@@ -286,7 +309,12 @@ def _nothing_else_is_shared(v: Volumes) -> None:
 
 
 def _many_files(v: Volumes) -> None:
-    script = "mkdir /dir/many; i=0; while [ $i -lt 10000 ]; do : > /dir/many/$i; i=$((i+1)); done"
-    v.run(v.one, script, timeout=240)
-    assert v.run(v.two, "ls /dir/many | wc -l").strip() == "10000"
-    assert len(os.listdir(v.root / "dir/many")) == 10000
+    many = v.root / "dir/many"
+    many.mkdir()
+    for number in range(10_000):
+        (many / f"host{number}").touch()
+    assert v.run(v.two, "ls -l /dir/many | grep -c ' host'").strip() == "10000"
+    script = "i=0; while [ $i -lt 500 ]; do : > /dir/many/guest$i; i=$((i+1)); done"
+    v.run(v.one, script, timeout=120)
+    assert v.run(v.two, "ls /dir/many | wc -l").strip() == "10500"
+    assert len(os.listdir(many)) == 10_500
