@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import socket
 import threading
@@ -89,9 +88,7 @@ int main(int argc, char **argv) {
 
 @pytest.mark.parametrize("cri_node", ["debian", "go-shim"], indirect=True)
 def test_what_is_told_is_what_was_used(node: CriNode, tmp_path: Path) -> None:
-    pod = node.run_pod(
-        handler="kata-alone", linux={"cgroup_parent": f"/pykata-stats-{os.getpid()}"}
-    )
+    pod = node.run_pod(handler="kata-alone", linux={"cgroup_parent": f"/{node.mark}pods"})
     file = tmp_path / "disk"
     with file.open("wb") as empty:
         empty.truncate(_WRITTEN)
