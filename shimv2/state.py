@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # `start` and `delete` are faster without typing
 SANDBOXES = Path("/run/vc/sbs")
 VMS = Path("/run/vc/vm")
 SHARES = Path("/run/kata-containers/shared/sandboxes")
+MANAGEMENT_SOCKET = "shim-monitor.sock"
 DIRECT_VOLUMES = "/run/kata-containers/shared/direct-volumes"
 """Kata's place for what CSI drivers note of their volumes (`shimv2.direct_volumes`)."""
 
@@ -33,6 +34,11 @@ _KILL_LIMIT = 4.0  # containerd gives `delete` 5 s in all
 def sandbox_dir(sandbox_id: str) -> Path:
     """The shim's own state: state.json."""
     return SANDBOXES / sandbox_id
+
+
+def management_socket(sandbox_id: str) -> Path:
+    """Where the shim answers HTTP."""
+    return sandbox_dir(sandbox_id) / MANAGEMENT_SOCKET
 
 
 def vm_dir(sandbox_id: str) -> Path:

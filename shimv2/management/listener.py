@@ -12,27 +12,21 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from shimv2.state import sandbox_dir
+from shimv2.state import management_socket
 
 if TYPE_CHECKING:
     from shimv2.sandbox import Sandbox
 
 log = logging.getLogger("management")
 
-SOCKET = "shim-monitor.sock"
 ADDRESS_FILE = "monitor_address"  # in the bundle, where Kata's tools look for it
 _CONNECTIONS = 8  # at the same time; more wait in the backlog
 _PEER = struct.Struct("3i")  # ucred: pid, uid, gid
 
 
-def socket_path(sandbox_id: str) -> Path:
-    """Where a sandbox's management socket is."""
-    return sandbox_dir(sandbox_id) / SOCKET
-
-
 async def serve(sandbox: Sandbox) -> None:
     """Answer until cancelled.  What can't be done is logged: no container depends on it."""
-    path = socket_path(sandbox.id)
+    path = management_socket(sandbox.id)
     try:
         with _listen(path) as listener:
             Path(sandbox.settings.bundle, ADDRESS_FILE).write_text(f"unix://{path}")

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from shimv2 import state
-from shimv2.management.listener import SOCKET
 
 #: Where Kata's runtime in Rust has its sockets.
 RUST_SANDBOXES = Path("/run/kata")
@@ -36,7 +35,7 @@ def sandboxes() -> list[Sandbox]:
         except OSError:
             continue
         for name in names:
-            socket = directory / name / SOCKET
+            socket = directory / name / state.MANAGEMENT_SOCKET
             if socket.is_socket() and name not in found:
                 found[name] = Sandbox(name, socket, _labels(name))
     return [found[name] for name in sorted(found)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import http.client
 import socket
 
-from shimv2.management.listener import socket_path
+from shimv2.state import management_socket
 
 _LIMIT = 70.0  # seconds; the shim itself gives up after 60
 _ANSWER_LIMIT = 64 << 20  # bytes
@@ -37,7 +37,7 @@ def ask(sandbox_id: str, method: str, target: str, body: bytes | None = None) ->
     Raises:
         ManagementError: names the sandbox and what went wrong.
     """
-    path = socket_path(sandbox_id)
+    path = management_socket(sandbox_id)
     connection = _UnixConnection(str(path))
     try:
         connection.request(method, target, body)

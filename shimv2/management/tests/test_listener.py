@@ -16,13 +16,14 @@ import trio
 import trio.testing
 
 from shimv2.management import listener
+from shimv2.state import MANAGEMENT_SOCKET as SOCKET
 
 REQUEST = b"GET /nothing HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 @pytest.fixture
 def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(listener, "sandbox_dir", lambda _: tmp_path)
+    monkeypatch.setattr(listener, "management_socket", lambda _: tmp_path / SOCKET)
     return SimpleNamespace(id="one", settings=SimpleNamespace(bundle=str(tmp_path)))
 
 
@@ -42,7 +43,7 @@ async def _said(path: Path) -> bytes:
 async def test_root_is_answered_and_the_address_is_written_down(
     sandbox: Any, tmp_path: Path
 ) -> None:
-    path = tmp_path / listener.SOCKET
+    path = tmp_path / SOCKET
     path.touch()  # left by a shim before
     async with trio.open_nursery() as nursery:
         nursery.start_soon(listener.serve, sandbox)
@@ -55,13 +56,13 @@ async def test_root_is_answered_and_the_address_is_written_down(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 async def test_another_user_is_not(sandbox: Any, tmp_path: Path) -> None:
-    path = tmp_path / listener.SOCKET
+    path = tmp_path / SOCKET
     code = f"""if 1:
         import os, socket
         os.chdir({str(tmp_path)!r})
         os.setuid(65534)
         client = socket.socket(socket.AF_UNIX)
-        client.connect({listener.SOCKET!r})
+        client.connect({SOCKET!r})
         client.settimeout(10)
         try:
             client.sendall({REQUEST!r})
@@ -80,7 +81,7 @@ async def test_another_user_is_not(sandbox: Any, tmp_path: Path) -> None:
 
 
 async def test_a_place_that_can_not_be_used_ends_nothing(sandbox: Any, tmp_path: Path) -> None:
-    (tmp_path / listener.SOCKET).mkdir()
+    (tmp_path / SOCKET).mkdir()
     with trio.fail_after(5):
         await listener.serve(sandbox)
 
