@@ -8,7 +8,8 @@ cd /product/tree
 make --no-print-directory install
 # A maker of templates beside the container that is looked at would be what is measured.
 mkdir /usr/local/share/defaults/kata-containers/config.d
-printf '[factory]\nenable_template = false\n' \
+# The agent's time to answer goes with PYKATA_SLOWNESS.
+printf '[factory]\nenable_template = false\n[agent.kata]\ndial_timeout = 225\n' \
   > /usr/local/share/defaults/kata-containers/config.d/00-lab.toml
 modprobe kvm_amd
 modprobe -a vhost_vsock vhost_net
