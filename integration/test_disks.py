@@ -78,18 +78,13 @@ def disks(disk_containerd: Containerd) -> Iterator[Kata]:
     assert not left, f"left behind: {left}"
 
 
-@pytest.fixture
-def scsi(prefix: Path, place: Path) -> tuple[str | Path, ...]:
-    """Flags for a VM whose disks are SCSI ones, with limits."""
+def _configured(prefix: Path, directory: Path, drop_in: str) -> tuple[str | Path, ...]:
+    """Flags for a VM of the installed configuration with changes."""
     installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    copy = place / "configuration.toml"
+    (directory / "config.d").mkdir()
+    (directory / "config.d/changes.toml").write_text(drop_in)
+    copy = directory / "configuration.toml"
     copy.write_text(installed.read_text())
-    (place / "config.d").mkdir(exist_ok=True)
-    (place / "config.d/scsi.toml").write_text(
-        "[factory]\nenable_template = false\n"  # a VM that boots can be plugged as well
-        '[hypervisor.qemu]\nblock_device_driver = "virtio-scsi"\n'
-        f"disk_rate_limiter_bw_max_rate = {4 * _MIB * 8}\n"
-    )
     return ("--runtime-config-path", copy)
 
 
@@ -127,6 +122,19 @@ def test_layers_are_shared_by_the_containers_of_a_pod(disks: Kata) -> None:
         three = pod.start("cat", "/layer1", flags=flags)
         wait_until(lambda: disks.status(three) == "STOPPED", 10, "a third finds its layers")
         assert disks.delete(three) == 0
+
+
+def test_layers_that_the_host_mounts(disks: Kata, prefix: Path, tmp_path: Path) -> None:
+    """`disable_block_device_use`: loop devices in the shim's mount namespace, gone with it."""
+    flags = _configured(prefix, tmp_path, "[hypervisor.qemu]\ndisable_block_device_use = true\n")
+    done = disks.run(
+        *("sh", "-c", f"cat /layer1 /layer2; touch /new; rm /layer1; {_DISKS}"),
+        flags=(*flags, "--snapshotter", "erofs"),
+    )
+    assert done.stdout == "xx0\n"
+    snapshots = str(disks.containerd.directory)
+    used = subprocess.run(["losetup", "--list"], capture_output=True, text=True, check=True).stdout
+    assert snapshots not in used
 
 
 def test_an_image_of_which_only_the_directories_are_merged(
@@ -201,7 +209,14 @@ def test_a_block_device_of_a_container(disks: Kata, tmp_path: Path) -> None:
     assert image.read_bytes()[4096:4103] == b"written"
 
 
-def test_scsi_disks_with_limits(disks: Kata, tmp_path: Path, scsi: tuple[str | Path, ...]) -> None:
+def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> None:
+    scsi = _configured(
+        prefix,
+        tmp_path,
+        "[factory]\nenable_template = false\n"  # a VM that boots can be plugged as well
+        '[hypervisor.qemu]\nblock_device_driver = "virtio-scsi"\n'
+        f"disk_rate_limiter_bw_max_rate = {4 * _MIB * 8}\n",
+    )
     image = tmp_path / "image"
     image.write_bytes(bytes(16 * _MIB))
     with loop_device(image) as device:

@@ -469,3 +469,33 @@ async def test_an_early_start_that_failed_is_told_once(shim: Shim, monkeypatch: 
     assert FakeLife.lives == []
     await shim.create()
     assert shim.events.names() == ["TaskCreate web"]
+
+
+class FakeDrives:
+    """Attributes: released: ids of containers whose disks were unplugged."""
+
+    written = False
+
+    def __init__(self) -> None:
+        self.released: list[str] = []
+
+    async def release(self, holder: str) -> None:
+        self.released.append(holder)
+
+
+async def test_disks_are_unplugged_after_the_guest_has_forgotten(shim: Shim) -> None:
+    await shim.create("first")
+    drives = FakeDrives()
+    FakeLife.lives[-1].drives = drives  # type: ignore[assignment]
+    shim.guest.on["CreateContainer"] = refuse
+    assert await shim.code("Create", "CreateTaskRequest", id="web", bundle=str(shim.bundle("web")))
+    assert drives.released == ["web"], "of a Create that failed as well"
+    del shim.guest.on["CreateContainer"]
+    await shim.create("web")
+
+    async def still_plugged(_request: Any) -> None:
+        assert drives.released == ["web"]
+
+    shim.guest.on["RemoveContainer"] = still_plugged
+    await shim.ask("Delete", id="web")
+    assert drives.released == ["web", "web"]
