@@ -35,7 +35,7 @@ from shimv2.pause import PauseContainer
 from shimv2.process import LOST_STATUS, Process
 from shimv2.share import Share
 from shimv2.sizing import workload
-from shimv2.state import SandboxRecord, share_dir, vm_dir
+from shimv2.state import SandboxRecord, share_dir, start_time, vm_dir
 from shimv2.stats import Metrics, host_is_unified, to_containerd
 from shimv2.timeline import Timeline
 from ttrpc.errors import Code, RpcError
@@ -232,8 +232,9 @@ class Sandbox:
 
     @property
     def processes(self) -> dict[str, int]:
-        """Pids of the shim and of its helpers, by their names in the record."""
-        return {name: pid for name, (pid, _) in self._record.processes.items()}
+        """Pids of the shim and of its helpers that run, by their names in the record."""
+        known = self._record.processes.items()
+        return {name: pid for name, (pid, started) in known if start_time(pid) == started}
 
     def remember_cgroups(self, paths: list[str]) -> None:
         """Cgroups to remove at the end, innermost first."""

@@ -14,10 +14,12 @@ import trio
 import trio.testing
 
 from agent.api import agent_pb2
+from shimv2 import state
 from shimv2.metrics import overhead, procfs
 from shimv2.metrics.durations import Durations
 from shimv2.metrics.exposition import Page
 from shimv2.metrics.sandbox import page_of
+from shimv2.sandbox import Sandbox
 from shimv2.timeline import Timeline
 from ttrpc.errors import Code, RpcError
 
@@ -131,3 +133,11 @@ def test_a_process_counts_with_what_it_started() -> None:
         assert total.status["vmrss"] > alone.status["vmrss"] > 1 << 20
         parent.communicate(b"\n")
     assert procfs.read(both).threads == 0
+
+
+def test_a_pid_that_is_anothers_now_is_not_the_sandboxs() -> None:
+    own = os.getpid()
+    started = state.start_time(own)
+    known = {"shim": (own, started), "vmm": (own, 1), "virtiofsd": (1 << 22, started)}
+    sandbox = SimpleNamespace(_record=SimpleNamespace(processes=known))
+    assert Sandbox.processes.fget(sandbox) == {"shim": own}  # type: ignore[attr-defined]
