@@ -126,7 +126,7 @@ class Container:
             with trio.CancelScope(shield=True):
                 await streams.aclose()
             raise
-        self.init.stdio.start(streams.stdin, streams.stdout, streams.stderr)
+        self.init.stdio.start(streams.stdin, streams.stdout, streams.stderr, feed=False)
 
     async def _run_create_hooks(self) -> None:
         self._hooks_ran = True
@@ -161,6 +161,7 @@ class Container:
                     "StartContainer", agent_pb2.StartContainerRequest(container_id=self.id)
                 )
             self.init.started()
+            self.init.stdio.feed()
             self._sandbox.events.publish(
                 task_events_pb2.TaskStart(container_id=self.id, pid=self._sandbox.pid)
             )

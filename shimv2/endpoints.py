@@ -122,30 +122,40 @@ class Source:
             self.fd = -1
 
 
-def open_source(uri: str) -> Source:
-    """Raises:
-    StdioError: names `uri`.
+def check_source(uri: str) -> str:
+    """The path behind `uri`, found to be something that `open_source` can open.
+
+    Raises:
+        StdioError: names `uri`.
     """
     scheme, path = split_uri(uri)
     if scheme not in ("fifo", "file"):
         raise StdioError(f"stdin {uri!r}: scheme {scheme!r} is not supported")
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise StdioError(f"stdin {uri!r}: {error.strerror}") from None
+    if stat.S_ISDIR(mode):
+        raise StdioError(f"stdin {uri!r}: is a directory")
+    return path
+
+
+def open_source(uri: str) -> Source:
+    """Raises:
+    StdioError: names `uri`.
+    """
+    path = check_source(uri)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise StdioError(f"stdin {uri!r}: {error.strerror}") from None
     holder = -1
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise StdioError(f"stdin {uri!r}: is a directory")
-        if stat.S_ISFIFO(mode):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
             holder = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         os.close(fd)
         raise StdioError(f"stdin {uri!r}: {error.strerror}") from None
-    except StdioError:
-        os.close(fd)
-        raise
     return Source(uri, fd, holder)
 
 

@@ -110,6 +110,7 @@ def _to_v1(reply: agent_pb2.StatsContainerResponse) -> cgroups_v1_pb2.Metrics:
     out.memory_oom_control.oom_kill = memory.stats.get("oom_kill", 0)
     out.memory_oom_control.SetInParent()
     blkio = source.blkio_stats
+    out.blkio.SetInParent()  # clients look into it unasked, as runc always has one
     for field in blkio.DESCRIPTOR.fields:
         entries = getattr(out.blkio, field.name)
         for entry in getattr(blkio, field.name)[:_ENTRY_LIMIT]:
@@ -142,6 +143,7 @@ def _to_v2(reply: agent_pb2.StatsContainerResponse) -> cgroups_v2_pb2.Metrics:
     out.memory_events.oom = memory.stats.get("oom", 0)
     out.memory_events.oom_kill = memory.stats.get("oom_kill", 0)
     out.memory_events.SetInParent()
+    out.io.SetInParent()
     operations: dict[tuple[int, int], cgroups_v2_pb2.IOEntry] = {}
     for entries, names in (
         (source.blkio_stats.io_service_bytes_recursive, {"read": "rbytes", "write": "wbytes"}),

@@ -20,7 +20,14 @@ from typing import Self
 
 import trio
 
-from shimv2.endpoints import Sink, Source, StdioError, open_sink, open_source, split_uri
+from shimv2.endpoints import (
+    Sink,
+    StdioError,
+    check_source,
+    open_sink,
+    open_source,
+    split_uri,
+)
 from shimv2.logger_binary import SCHEMES, BinaryLogger
 from shimv2.pumps import GuestReader, GuestWriter, InputPump, OutputPump
 
@@ -58,7 +65,7 @@ class Stdio:
         self._stack = AsyncExitStack()
         self._nursery: trio.Nursery | None = None
         self._logger: BinaryLogger | None = None
-        self._source: Source | None = None
+        self._writer: GuestWriter | None = None  # until `feed`
         self._sinks: list[Sink] = []
         self._outputs: list[OutputPump] = []
         self._input: InputPump | None = None
@@ -93,6 +100,9 @@ class Stdio:
             await self._stack.__aexit__(*ours)
         finally:
             self._close_unused()
+            with trio.CancelScope(shield=True):
+                if self._writer is not None:
+                    await self._writer.aclose()
             if self._logger is not None:
                 logger, self._logger = self._logger, None
                 await logger.stop()
@@ -115,7 +125,7 @@ class Stdio:
     async def _open(self) -> None:
         stdin, stdout, stderr = self._uris
         if stdin:
-            self._source = open_source(stdin)
+            check_source(stdin)
         program = next((uri for uri in (stdout, stderr) if split_uri(uri)[0] in SCHEMES), "")
         if program:
             self._logger = await BinaryLogger.start(
@@ -133,9 +143,18 @@ class Stdio:
             self._sinks.append(open_sink(stderr) if stderr else Sink.null())
 
     def start(
-        self, stdin: GuestWriter | None, stdout: GuestReader | None, stderr: GuestReader | None
+        self,
+        stdin: GuestWriter | None,
+        stdout: GuestReader | None,
+        stderr: GuestReader | None,
+        *,
+        feed: bool = True,
     ) -> None:
-        """Begin to move bytes, after `open`; the streams are closed by us from here on."""
+        """Begin to move bytes, after `open`; the streams are closed by us from here on.
+
+        Args:
+            feed: stdin too, not only with a later `feed`.
+        """
         assert self._nursery is not None
         for name, reader in (("stdout", stdout), ("stderr", stderr)):
             sink = self._sinks.pop(0)
@@ -145,14 +164,33 @@ class Stdio:
             pump = OutputPump(f"{name} of {self._container_id}", reader, sink)
             self._outputs.append(pump)
             self._nursery.start_soon(pump.run, name=f"{name} {self._container_id}")
-        if stdin is not None and self._source is None:
+        if stdin is not None and not self.wants_stdin:
             self._nursery.start_soon(stdin.aclose, name=f"stdin {self._container_id}")
-        elif stdin is not None and self._source is not None:
-            source, self._source = self._source, None
-            self._input = InputPump(f"stdin of {self._container_id}", source, stdin)
-            if self._stdin_closed:
-                self._input.finish()
-            self._nursery.start_soon(self._input.run, name=f"stdin {self._container_id}")
+        elif stdin is not None:
+            self._writer = stdin
+            if feed:
+                self.feed()
+
+    def feed(self) -> None:
+        """Let stdin through, after `start`.  Idempotent.
+
+        Until then a client that opens the fifo has to wait: one whose input is short would call
+        CloseIO for a container that containerd does not know yet, and never again (nerdctl).
+        """
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        assert self._nursery is not None
+        try:
+            source = open_source(self._uris[0])
+        except StdioError as error:
+            log.warning("%s", error)
+            self._nursery.start_soon(writer.aclose, name=f"stdin {self._container_id}")
+            return
+        self._input = InputPump(f"stdin of {self._container_id}", source, writer)
+        if self._stdin_closed:
+            self._input.finish()
+        self._nursery.start_soon(self._input.run, name=f"stdin {self._container_id}")
 
     async def drained(self, timeout: float) -> None:
         """After the process has ended: return when all it had written is in the fifo, the file
@@ -168,16 +206,12 @@ class Stdio:
         """CloseIO: what the fifo holds is delivered, then stdin ends.  Returns at once, since
         the process may take its time to read.  Idempotent."""
         self._stdin_closed = True
+        self.feed()
         if self._input is not None:
             self._input.finish()
-        elif self._source is not None:
-            self._source.release()
         await trio.lowlevel.checkpoint()
 
     def _close_unused(self) -> None:
-        if self._source is not None:
-            self._source.close()
-            self._source = None
         for sink in self._sinks:
             sink.close()
         self._sinks = []

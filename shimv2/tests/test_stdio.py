@@ -381,14 +381,41 @@ async def test_close_io_before_start(fifo) -> None:
     guest = Collector()
     async with make(stdin=str(path)) as stdio:
         await stdio.open()
-        client = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        stdio.start(guest, None, None, feed=False)
+        client = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # the one way to open it now
         os.write(client, b"early")
-        os.close(client)
         await stdio.close_stdin()
-        stdio.start(guest, None, None)
+        os.close(client)
         with trio.fail_after(5):
             await guest.ended.wait()
     assert guest.data == b"early"
+
+
+async def test_a_client_waits_until_stdin_is_fed(fifo) -> None:
+    path = fifo("in")
+    guest = Collector()
+    async with make(stdin=str(path)) as stdio:
+        await stdio.open()
+        stdio.start(guest, None, None, feed=False)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(OSError, match="No such device or address"):
+            os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        stdio.feed()
+        client = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        os.write(client, b"fed")
+        os.close(client)
+        with trio.fail_after(5):
+            await guest.until(b"fed")
+            await stdio.close_stdin()
+            await guest.ended.wait()
+
+
+async def test_stdin_that_was_never_fed_is_closed(fifo) -> None:
+    guest = Collector()
+    async with make(stdin=str(fifo("in"))) as stdio:
+        await stdio.open()
+        stdio.start(guest, None, None, feed=False)
+    assert guest.ended.is_set()
 
 
 async def test_stdin_of_a_process_that_does_not_read(fifo) -> None:
