@@ -96,6 +96,10 @@ class KeptProcess(HelperProcess):
             raise VmmConfigError(f"cannot run {self.name} {self.argv[0]}: {text}")
         return int(_STATUS.unpack(answer)[0])
 
+    def _take_pidfd(self) -> None:
+        super()._take_pidfd()
+        os.write(self._owner, b"\0")  # from now on its keeper may reap it
+
     def _keep(self, owner_read: int, report_write: int, output_fd: int) -> NoReturn:
         """The keeper's life."""
         status = 1
@@ -110,7 +114,9 @@ class KeptProcess(HelperProcess):
             _close_others({owner_read, report_write})
             os.write(report_write, _STATUS.pack(process.pid))
             ended = os.pidfd_open(process.pid)
-            readable, _, _ = select.select([owner_read, ended], [], [])
+            readable = []
+            if os.read(owner_read, 1):  # the owner has its own pidfd; else it is gone
+                readable, _, _ = select.select([owner_read, ended], [], [])
             if ended not in readable:
                 process.kill()
             with contextlib.suppress(OSError):  # nobody listens any more

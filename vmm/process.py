@@ -159,8 +159,11 @@ class HelperProcess:
             raise
         finally:
             os.close(write_end)
-        self._pidfd = os.pidfd_open(self._pid)
+        self._take_pidfd()
         self._start_tasks(nursery)
+
+    def _take_pidfd(self) -> None:
+        self._pidfd = os.pidfd_open(self._pid)
 
     def _start_tasks(self, nursery: trio.Nursery) -> None:
         nursery.start_soon(self._read_output, name=f"{self.name} output")
