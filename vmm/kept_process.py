@@ -114,7 +114,7 @@ class KeptProcess(HelperProcess):
             _close_others({owner_read, report_write})
             os.write(report_write, _STATUS.pack(process.pid))
             ended = os.pidfd_open(process.pid)
-            readable = []
+            readable: list[int] = []
             if os.read(owner_read, 1):  # the owner has its own pidfd; else it is gone
                 readable, _, _ = select.select([owner_read, ended], [], [])
             if ended not in readable:
