@@ -233,6 +233,23 @@ def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> No
     assert after - before > 2.5, "12 MiB at 4 MiB a second"
 
 
+def test_a_guest_with_which_nothing_is_shared(disks: Kata, prefix: Path, tmp_path: Path) -> None:
+    none = _configured(prefix, tmp_path, '[hypervisor.qemu]\nshared_fs = "none"\n')
+    volume = tmp_path / "volume"
+    (volume / "sub").mkdir(parents=True)
+    (volume / "sub/file").write_text("copied")
+    mount = ("--mount", f"type=bind,src={volume},dst=/data,options=rbind:rw")
+    done = disks.run(
+        *("sh", "-c", "cat /data/sub/file; touch /data/new; grep -c virtiofs /proc/mounts"),
+        flags=(*none, "--snapshotter", "blockfile", *mount),
+        check=False,
+    )
+    assert done.stdout == "copied0\n"
+    assert not (volume / "new").exists()
+    with pytest.raises(CtrError, match=r"is no disk.*shared_fs"):
+        disks.run("true", flags=none)
+
+
 def _direct_volume(prefix: Path, *words: str) -> str:
     command = [prefix / "bin/kata-runtime", "direct-volume", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

@@ -16,6 +16,7 @@ import trio
 from agent.api import agent_pb2, oci_pb2
 from shimv2.api import task_events_pb2, task_types_pb2
 from shimv2.container_files import ContainerFiles
+from shimv2.copies import Copies
 from shimv2.guest_spec import (
     guest_resources,
     guest_spec,
@@ -86,10 +87,12 @@ class Container:
         """
         self._life = life
         self.spec.check_container()
+        hypervisor = life.origin.config.hypervisor
+        share = self._sandbox.share if hypervisor.shared_fs != "none" else Copies()
         files = self.files = ContainerFiles(
-            self._sandbox.share, self.spec, self.id, self.bundle, self._sandbox.id
+            share, self.spec, self.id, self.bundle, self._sandbox.id
         )
-        files.mount(mounts, disks=not life.origin.config.hypervisor.disable_block_device_use)
+        files.mount(mounts, disks=not hypervisor.disable_block_device_use)
         self._sandbox.timeline.mark("rootfs-shared")
         guest = await life.guest()
         await self._run_create_hooks()
@@ -110,6 +113,7 @@ class Container:
                 log.warning("not carried to the guest: %s", ", ".join(converted.lost))
             if life.drives is not None:
                 await files.plug(life.drives, converted.message)
+                await files.copy(guest.call)
             limit = life.origin.config.runtime.create_container_timeout or _CREATE_LIMIT
             request = agent_pb2.CreateContainerRequest(
                 container_id=self.id,

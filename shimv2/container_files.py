@@ -16,6 +16,7 @@ from typing import Any
 
 from agent.api import agent_pb2, oci_pb2, types_pb2
 from shimv2 import block_devices, direct_volumes
+from shimv2.copies import Call, Copies
 from shimv2.drives import Drive, Drives
 from shimv2.guest_spec import device_rules, resources_of
 from shimv2.layers import GuestRootfs, Layer, guest_rootfs
@@ -39,7 +40,7 @@ class ContainerFiles:
     """Of one container.
 
     Args:
-        share: of its sandbox.
+        share: of its sandbox, or the container's own `Copies`.
         sandbox_id: notes who uses a direct volume.
 
     Attributes:
@@ -49,7 +50,7 @@ class ContainerFiles:
     """
 
     def __init__(
-        self, share: Share, spec: Spec, container_id: str, bundle: str, sandbox_id: str
+        self, share: Share | Copies, spec: Spec, container_id: str, bundle: str, sandbox_id: str
     ) -> None:
         self._share = share
         self._spec = spec
@@ -125,6 +126,15 @@ class ContainerFiles:
             drives,
             self._id,
         )
+
+    async def copy(self, call: Call) -> None:
+        """Where nothing is shared, copy what would be.
+
+        Raises:
+            ShareError, RpcError: names what can't be copied.
+        """
+        if isinstance(self._share, Copies):
+            await self._share.send(call)
 
     async def unplug(self) -> None:
         """After the guest has forgotten the container.  Idempotent."""

@@ -157,7 +157,9 @@ class Sandbox:
             cgroups_path=spec.cgroups_path,
             dns=tuple(volumes.dns_lines(spec)),
             sysctls=tuple(spec.sysctls.items()),
-            storages=tuple(volumes.sandbox_storages(spec)),
+            storages=tuple(
+                volumes.sandbox_storages(spec, share=config.hypervisor.shared_fs != "none")
+            ),
             workload=workload(config, spec),
         )
 

@@ -140,9 +140,7 @@ class Share:
         Raises:
             ShareError: `source` is missing or can't be bound.
         """
-        end = os.path.basename(destination.rstrip("/")) or "root"
-        end = os.fsencode(end)[:_NAME_LIMIT].decode(errors="ignore")
-        target = self._mounts / f"{container_id}-{os.urandom(8).hex()}-{end}"
+        target = self._mounts / shared_name(container_id, destination)
         propagation = mounts.MS_SLAVE if follow else mounts.MS_PRIVATE
         key = _identify(source, readonly, follow)
         known = next((point for point, other in self._keys.items() if other == key), None)
@@ -187,6 +185,13 @@ class Share:
             raise ShareError(f"sharing {source}: {error.strerror}") from error
         self._points.setdefault(container_id, []).append(target)
         return GUEST_DIR / target.relative_to(self._mounts)
+
+
+def shared_name(container_id: str, destination: str) -> str:
+    """A new name for what a container has at `destination`."""
+    end = os.path.basename(destination.rstrip("/")) or "root"
+    end = os.fsencode(end)[:_NAME_LIMIT].decode(errors="ignore")
+    return f"{container_id}-{os.urandom(8).hex()}-{end}"
 
 
 def _identify(source: str, readonly: bool, follow: bool) -> _Key:

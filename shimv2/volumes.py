@@ -12,6 +12,7 @@ from typing import NamedTuple
 from agent.api import agent_pb2
 from shimv2 import direct_volumes
 from shimv2 import share as shares
+from shimv2.copies import Copies
 from shimv2.spec import Mount, Spec
 
 SHM_DIR = "/run/kata-containers/sandbox/shm"
@@ -68,27 +69,26 @@ class GuestMounts:
         self.skipped: list[str] = []
 
 
-def sandbox_storages(spec: Spec | None) -> list[agent_pb2.Storage]:
-    """The storages of CreateSandbox: the share, and the pod's /dev/shm."""
-    return [
-        agent_pb2.Storage(
-            driver="virtio-fs",
-            source=shares.TAG,
-            fstype="virtiofs",
-            options=["nodev"],
-            mount_point=f"{shares.GUEST_DIR}/",
-        ),
-        agent_pb2.Storage(
-            driver="ephemeral",
-            source="shm",
-            fstype="tmpfs",
-            options=["noexec", "nosuid", "nodev", "mode=1777", f"size={shm_size(spec)}"],
-            mount_point=SHM_DIR,
-        ),
-    ]
+def sandbox_storages(spec: Spec | None, *, share: bool = True) -> list[agent_pb2.Storage]:
+    """The storages of CreateSandbox: the share, where there is one, and the pod's /dev/shm."""
+    shared = agent_pb2.Storage(
+        driver="virtio-fs",
+        source=shares.TAG,
+        fstype="virtiofs",
+        options=["nodev"],
+        mount_point=f"{shares.GUEST_DIR}/",
+    )
+    memory = agent_pb2.Storage(
+        driver="ephemeral",
+        source="shm",
+        fstype="tmpfs",
+        options=["noexec", "nosuid", "nodev", "mode=1777", f"size={shm_size(spec)}"],
+        mount_point=SHM_DIR,
+    )
+    return [shared, memory] if share else [memory]
 
 
-def share_mounts(spec: Spec, share: shares.Share, container_id: str) -> GuestMounts:
+def share_mounts(spec: Spec, share: shares.Share | Copies, container_id: str) -> GuestMounts:
     """Share what has to be; on failure nothing of the container's mounts stays shared.
 
     Raises:
@@ -127,7 +127,11 @@ def shm_size(spec: Spec | None) -> int:
 
 
 def _one(
-    mount: Mount, spec: Spec, share: shares.Share, container_id: str, result: GuestMounts
+    mount: Mount,
+    spec: Spec,
+    share: shares.Share | Copies,
+    container_id: str,
+    result: GuestMounts,
 ) -> None:
     source = os.path.normpath(mount.source) if mount.source else ""
     if not mount.is_bind or _below(source, "/proc") or _below(source, "/sys"):
@@ -156,7 +160,8 @@ def _one(
             readonly=mount.readonly,
             follow=any(option in _FOLLOW for option in mount.options),
         )
-        if any(f"/{kind}/" in f"{source}/" for kind in _WATCHED):
+        watched = any(f"/{kind}/" in f"{source}/" for kind in _WATCHED)
+        if watched and isinstance(share, shares.Share):
             point = f"{WATCHED_DIR}/{where.name}"
             result.storages.append(_watched(str(where), point))
             result.mounts.append(_bound(mount, point))

@@ -296,6 +296,7 @@ def test_storages_of_the_sandbox(tmp_path: Path, isolated) -> None:
             ("/etc/resolv.conf", "bind", str(tmp_path / "resolv.conf"), ["rbind", "ro"]),
         )
         share, shm = volumes.sandbox_storages(spec)
+        assert volumes.sandbox_storages(spec, share=False) == [shm]
         assert (share.driver, share.source, share.fstype) == ("virtio-fs", "kataShared", "virtiofs")
         assert share.mount_point == "/run/kata-containers/shared/containers/"
         assert f"size={7 << 20}" in shm.options
