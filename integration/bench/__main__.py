@@ -12,9 +12,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from integration.bench import boot, containers, memory, starts
+from integration.bench import boot, containers, memory, pods, starts
 from integration.bench.figures import Figure, table
 from integration.lib.containerd import DEBIAN, Containerd, Edition
 from integration.lib.go_tools import containerd_edition
@@ -22,6 +23,7 @@ from integration.lib.images import busybox_image
 from integration.lib.templates import without_templates
 
 TREE = Path(__file__).resolve().parent.parent.parent
+_PARTS = ("boot", "starts", "pods", "containers", "memory")
 
 
 def main() -> int:
@@ -35,12 +37,12 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=TREE / "build/bench/figures.json")
     parser.add_argument(
         "--only",
-        choices=("boot", "starts", "containers", "memory"),
+        choices=_PARTS,
         action="append",
         help="a part",
     )
     args = parser.parse_args()
-    parts = args.only or ["boot", "starts", "containers", "memory"]
+    parts = args.only or _PARTS
     figures: list[Figure] = []
 
     def step(name: str, work: Callable[[], list[Figure]]) -> None:
@@ -52,7 +54,8 @@ def main() -> int:
 
     step("boot", lambda: boot.measure(args.prefix, args.runs))
     edition = DEBIAN if args.edition == "debian" else containerd_edition()
-    step("starts", lambda: _starts(edition, args.prefix, args.runs))
+    for name, measure in (("starts", starts.measure), ("pods", pods.measure)):
+        step(name, partial(_with_directory, measure, edition, args.prefix, args.runs))
     configuration = without_templates(args.prefix)
     with Containerd(
         edition,
@@ -72,10 +75,15 @@ def main() -> int:
     return 0
 
 
-def _starts(edition: Edition, prefix: Path, runs: int) -> list[Figure]:
+def _with_directory(
+    measure: Callable[[Edition, Path, Path, int], list[Figure]],
+    edition: Edition,
+    prefix: Path,
+    runs: int,
+) -> list[Figure]:
     directory = Path(tempfile.mkdtemp(prefix="bench-", dir="/run"))
     try:
-        return starts.measure(edition, prefix, directory / "d", runs)
+        return measure(edition, prefix, directory, runs)
     finally:
         shutil.rmtree(directory)
 

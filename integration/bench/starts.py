@@ -22,10 +22,9 @@ def measure(edition: Edition, prefix: Path, directory: Path, runs: int) -> list[
     """`ctr run --rm true` and exec by both ways; nothing else runs meanwhile.
 
     Args:
-        directory: for templates, sockets and the configuration; short, and not there yet.
+        directory: for templates, sockets and the configuration; short, and there.
     """
     configuration = directory / "configuration.toml"
-    directory.mkdir()
     installed = prefix / "share/defaults/kata-containers/configuration.toml"
     configuration.write_text(installed.read_text())
     (directory / "config.d").mkdir()

@@ -158,6 +158,8 @@ def _cri_config(directory: Path, sandboxer: str, sandbox_image: str) -> str:
   conf_dir = "{directory}/net.d"
 [{plugin}.containerd]
   default_runtime_name = "kata"
+[{plugin}.containerd.runtimes.runc]
+  runtime_type = "io.containerd.runc.v2"
 """ + "".join(
         f"""\
 [{plugin}.containerd.runtimes.{name}]
