@@ -74,6 +74,7 @@ class CriNode(Crictl):
         images: dict[str, Image] | None = None,
         sandbox_image: str = BUSYBOX_REFERENCE,
     ) -> None:
+        self.sandboxer = sandboxer
         self._images = images
         self.host = HostNetwork()
         self._network = network
