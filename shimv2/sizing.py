@@ -22,7 +22,6 @@ from shimv2.resources import (
     wanted_swap,
 )
 from shimv2.spec import ContainerKind
-from shimv2.swap import GuestSwap
 from vmm.errors import CapacityError, VmmError
 
 if TYPE_CHECKING:
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from shimv2.guest import Guest
     from shimv2.placement import SandboxPlacement
     from shimv2.spec import Spec
+    from shimv2.swap import GuestSwap
 
 log = logging.getLogger("sandbox")
 
@@ -74,6 +74,8 @@ class Sizing:
         self._lock = trio.Lock()
         self._swap: GuestSwap | None = None
         if config.hypervisor.enable_guest_swap:
+            from shimv2.swap import GuestSwap  # few starts need it
+
             self._swap = GuestSwap(Path(config.hypervisor.guest_swap_path), guest)
 
     async def settle(self) -> None:
