@@ -8,22 +8,23 @@ go with CreateContainer.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from agent.api import agent_pb2, oci_pb2, types_pb2
-from shimv2 import block_devices, direct_volumes
+from shimv2 import block_devices
 from shimv2.copies import Call, Copies
 from shimv2.drives import Drive, Drives
 from shimv2.guest_spec import device_rules, resources_of
-from shimv2.layers import GuestRootfs, Layer, guest_rootfs
 from shimv2.rootfs import Rootfs, RootfsError
 from shimv2.share import Share
 from shimv2.spec import Mount, Spec
 from shimv2.volumes import DirectMount, share_mounts
+
+if TYPE_CHECKING:
+    from shimv2.layers import GuestRootfs, Layer
 
 log = logging.getLogger("container")
 
@@ -33,6 +34,7 @@ STORAGE = f"{BUNDLES}/sandbox/storage"
 EXTRA_DEVICE = "io.katacontainers.volume.device="
 CREATE_DIRECTORY = "io.katacontainers.volume.overlayfs.create_directory="
 
+_OF_DIRECTORIES = ("overlay", "bind")
 _POLICIES = {"Always": types_pb2.Always, "OnRootMismatch": types_pb2.OnRootMismatch}
 
 
@@ -77,10 +79,13 @@ class ContainerFiles:
         Raises:
             RootfsError, ShareError, DirectVolumeError: names what can't be had.
         """
-        try:
-            self._in_guest = guest_rootfs(mounts) if disks else None
-        except ValueError as error:
-            raise RootfsError(f"root file system: {error}") from error
+        if disks and mounts and mounts[-1].type not in _OF_DIRECTORIES:
+            from shimv2.layers import guest_rootfs  # rarely needed
+
+            try:
+                self._in_guest = guest_rootfs(mounts)
+            except ValueError as error:
+                raise RootfsError(f"root file system: {error}") from error
         if self._in_guest is None:
             self._rootfs.mount(mounts)
             self.root_path = str(self._share.add_rootfs(self._id, self._target))
@@ -118,6 +123,7 @@ class ContainerFiles:
             await self._plug_rootfs(self._in_guest, drives)
         for volume in self._direct:
             await self._plug_volume(volume, drives)
+        self._claim_volumes(claim=True)
         self.devices += await block_devices.plug(
             oci,
             device_rules(self._spec),
@@ -148,7 +154,17 @@ class ContainerFiles:
             self._share.remove_container(self._id)
         finally:
             self._rootfs.unmount()
-            for volume in self._direct:
+            self._claim_volumes(claim=False)
+
+    def _claim_volumes(self, *, claim: bool) -> None:
+        if not self._direct:
+            return
+        from shimv2 import direct_volumes
+
+        for volume in self._direct:
+            if claim:
+                direct_volumes.claim(volume.source, self._sandbox_id)
+            else:
                 with contextlib.suppress(OSError):
                     direct_volumes.disclaim(volume.source, self._sandbox_id)
 
@@ -207,11 +223,12 @@ class ContainerFiles:
             storage.fs_group.group_id = record.group
             storage.fs_group.group_change_policy = _POLICIES[record.policy]
         self.storages.append(storage)
-        direct_volumes.claim(volume.source, self._sandbox_id)
 
 
 def direct_mount_point(source: str) -> str:
     """Where the guest mounts a direct volume: the same for all containers of the pod."""
+    import base64  # rarely needed
+
     return f"{STORAGE}/{base64.urlsafe_b64encode(source.encode()).decode()}"
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from shimv2.share import ShareError
 from shimv2.state import DIRECT_VOLUMES
 
 DIRECTORY = Path(DIRECT_VOLUMES)
@@ -36,7 +37,7 @@ _POLICIES = ("Always", "OnRootMismatch")
 _METADATA = (_GROUP, _POLICY)
 
 
-class DirectVolumeError(ValueError):
+class DirectVolumeError(ShareError):
     """A record can't be used, or is not there; the message names it."""
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import stat
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,6 @@ class DriveError(Exception):
     """Something can't be a disk of a VM; the message names it."""
 
 
-@dataclass(slots=True)
 class Drive:
     """A disk in the VM.
 
@@ -40,13 +38,17 @@ class Drive:
         id: the VMM's device.
         path: what it is on the host.
         address: where the guest finds it.
+        holders: ids of the containers that have it.
     """
 
-    id: str
-    path: Path
-    readonly: bool
-    address: DeviceAddress
-    holders: set[str] = field(default_factory=set)
+    __slots__ = ("address", "holders", "id", "path", "readonly")
+
+    def __init__(self, name: str, path: Path, readonly: bool, address: DeviceAddress) -> None:
+        self.id = name
+        self.path = path
+        self.readonly = readonly
+        self.address = address
+        self.holders: set[str] = set()
 
     @property
     def driver(self) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from shimv2.cgroups import CgroupError
 from shimv2.config import ConfigError
-from shimv2.direct_volumes import DirectVolumeError
 from shimv2.drives import DriveError
 from shimv2.hooks import HookError
 from shimv2.rootfs import RootfsError
@@ -26,7 +25,6 @@ _CODES: tuple[tuple[type[Exception], Code], ...] = (
     (RootfsError, Code.FAILED_PRECONDITION),
     (ShareError, Code.FAILED_PRECONDITION),
     (DriveError, Code.FAILED_PRECONDITION),
-    (DirectVolumeError, Code.FAILED_PRECONDITION),
     (HookError, Code.FAILED_PRECONDITION),
     (CgroupError, Code.FAILED_PRECONDITION),
     (VmmConfigError, Code.FAILED_PRECONDITION),

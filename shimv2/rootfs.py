@@ -12,9 +12,12 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shimv2 import loop, mounts
-from shimv2.mount_manager import Made, MountSpec, is_transformed, plain
+
+if TYPE_CHECKING:
+    from shimv2.mount_manager import Made, MountSpec
 
 _PAGE = os.sysconf("SC_PAGESIZE")
 _OPTIONS_ROOM = _PAGE - 512  # the kernel copies one page; it and overlay add a little
@@ -126,7 +129,7 @@ class Rootfs:
                 self.target.mkdir(mode=0o711, exist_ok=True)
             elif not self.target.is_dir():
                 raise RootfsError(f"root file system {self.target} is not a directory")
-            if specs and is_transformed(specs[-1]):
+            if specs and "/" in specs[-1].type:
                 self._mount_layered(specs)
             else:
                 for spec in specs:
@@ -147,6 +150,8 @@ class Rootfs:
                 self._directories.pop().rmdir()
 
     def _mount_layered(self, specs: Sequence[MountSpec]) -> None:
+        from shimv2.mount_manager import Made, plain  # rarely needed
+
         made: list[Made] = []
         directory = self.target.parent / "layers"
         for number, spec in enumerate(specs):

@@ -7,13 +7,16 @@ import ctypes
 import os
 import stat
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from agent.api import agent_pb2
-from shimv2 import direct_volumes
 from shimv2 import share as shares
 from shimv2.copies import Copies
 from shimv2.spec import Mount, Spec
+from shimv2.state import DIRECT_VOLUMES
+
+if TYPE_CHECKING:
+    from shimv2.direct_volumes import DirectVolume
 
 SHM_DIR = "/run/kata-containers/sandbox/shm"
 EPHEMERAL_DIR = "/run/kata-containers/sandbox/ephemeral"
@@ -44,7 +47,7 @@ class DirectMount(NamedTuple):
 
     source: str
     mount: Mount
-    record: direct_volumes.DirectVolume
+    record: DirectVolume
     position: int
 
 
@@ -138,7 +141,7 @@ def _one(
         result.mounts.append(mount)  # the guest makes or has it
     elif os.path.normpath(mount.destination) == "/dev/shm":
         result.mounts.append(Mount(mount.destination, "bind", SHM_DIR, ["rbind"]))
-    elif (record := direct_volumes.find(mount.source)) is not None:
+    elif (record := _direct_volume(mount.source)) is not None:
         result.direct.append(DirectMount(mount.source, mount, record, len(result.mounts)))
         result.mounts.append(mount)
     elif _is_block_device(source):
@@ -167,6 +170,14 @@ def _one(
             result.mounts.append(_bound(mount, point))
         else:
             result.mounts.append(_bound(mount, str(where)))
+
+
+def _direct_volume(source: str) -> DirectVolume | None:
+    if not os.path.isdir(DIRECT_VOLUMES):
+        return None
+    from shimv2 import direct_volumes
+
+    return direct_volumes.find(source)
 
 
 def _watched(source: str, point: str) -> agent_pb2.Storage:
