@@ -70,6 +70,7 @@ def test_a_panic_of_the_guest_s_kernel_ends_the_task(
     assert kata.delete(container_id) == LOST
 
 
+@pytest.mark.one_edition
 def test_a_full_disk_of_the_host_stops_the_log_and_not_the_container(
     kata: Kata, tmp_path: Path
 ) -> None:
@@ -116,6 +117,7 @@ def test_a_killed_shim_leaves_nothing(kata: Kata, events: EventLog) -> None:
     kata.ctr("container", "rm", container_id)
 
 
+@pytest.mark.one_edition
 def test_a_hung_guest_is_lost(kata: Kata) -> None:
     container_id = kata.start("sleep", "1000")
     os.kill(kata.pid_of(container_id, "vmm"), signal.SIGSTOP)
