@@ -215,6 +215,7 @@ def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> No
         tmp_path,
         "[factory]\nenable_template = false\n"  # a VM that boots can be plugged as well
         '[hypervisor.qemu]\nblock_device_driver = "virtio-scsi"\n'
+        'block_device_aio = "io_uring"\n'  # as Kata's own files have it
         f"disk_rate_limiter_bw_max_rate = {4 * _MIB * 8}\n",
     )
     image = tmp_path / "image"

@@ -6,6 +6,8 @@ Each is plugged once, however many containers of the pod have it, and unplugged 
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import logging
 import os
 import stat
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from shimv2.guest import Guest
 
 log = logging.getLogger("sandbox")
+
+_IO_URING_SETUP = 425  # on every architecture
 
 # What says whether two paths are the same disk: (kind, numbers …, read-only)
 _Identity = tuple[str, int, int, bool]
@@ -141,7 +145,7 @@ class Drives:
             path=path,
             readonly=readonly,
             driver=config.block_device_driver,
-            aio=config.block_device_aio,
+            aio=self._aio(),
             cache_direct=cache and config.block_device_cache_direct,
             cache_noflush=cache and config.block_device_cache_noflush,
             queues=config.num_queues,
@@ -151,10 +155,24 @@ class Drives:
             limits=disk_limits(config),
         )
 
+    def _aio(self) -> str:
+        wanted = self._config.block_device_aio
+        if wanted == "io_uring" and not has_io_uring():
+            log.warning('block_device_aio = "io_uring": this host has none, "threads" is used')
+            return "threads"
+        return wanted
+
     def _advice(self) -> str:
         if self._config.block_device_driver == "virtio-scsi":
             return ""
         return '; with block_device_driver = "virtio-scsi" disks need no slot of their own'
+
+
+def has_io_uring() -> bool:
+    """Whether the kernel lets this process have one: containers and sysctls often forbid it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.syscall(_IO_URING_SETUP, 1, None)
+    return ctypes.get_errno() == errno.EFAULT  # a NULL for its parameters
 
 
 def disk_limits(config: HypervisorConfig) -> DiskLimits | None:
@@ -193,7 +211,7 @@ def _identify(path: Path, readonly: bool) -> _Identity:
                 os.close(os.open(path, os.O_RDWR | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
             return ("b", os.major(status.st_rdev), os.minor(status.st_rdev), readonly)
     except OSError as error:
-        if error.errno == 16:  # EBUSY
+        if error.errno == errno.EBUSY:
             raise DriveError(f"disk {path} is in use on this host, perhaps mounted") from None
         raise DriveError(f"disk {path}: {error.strerror}") from error
     if not stat.S_ISREG(status.st_mode):

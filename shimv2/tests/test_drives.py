@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from agent.api import oci_pb2
-from shimv2 import block_devices, loop, mounts
+from shimv2 import block_devices, drives, loop, mounts
 from shimv2.config import HypervisorConfig
 from shimv2.drives import DriveError, Drives, disk_limits, host_node
 from shimv2.guest_spec import device_rules
@@ -156,6 +156,16 @@ async def test_what_the_configuration_says_of_disks(files: list[Path]) -> None:
     assert device.limits.bytes_per_second == 10_000_000
     assert device.limits.operations_burst == 500
     assert disk_limits(HypervisorConfig()) is None
+
+
+async def test_without_io_uring_threads_are_used(
+    files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for there, used in ((True, "io_uring"), (False, "threads")):
+        monkeypatch.setattr(drives, "has_io_uring", lambda: there)  # noqa: B023
+        vm = Vm()
+        await drives_of(vm, block_device_aio="io_uring").plug(files[0], "a", readonly=True)
+        assert [disk.aio for disk in vm.disks.values()] == [used]
 
 
 def rules(*listed: dict[str, Any]) -> list[oci_pb2.LinuxDeviceCgroup]:
