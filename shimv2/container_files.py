@@ -123,7 +123,6 @@ class ContainerFiles:
             await self._plug_rootfs(self._in_guest, drives)
         for volume in self._direct:
             await self._plug_volume(volume, drives)
-        self._claim_volumes(claim=True)
         self.devices += await block_devices.plug(
             oci,
             device_rules(self._spec),
@@ -146,7 +145,6 @@ class ContainerFiles:
         """After the guest has forgotten the container.  Idempotent."""
         if self._drives is not None:
             await self._drives.release(self._id)
-            self._drives = None
 
     def release(self) -> None:
         """Let go of what the host holds.  Idempotent."""
@@ -154,19 +152,16 @@ class ContainerFiles:
             self._share.remove_container(self._id)
         finally:
             self._rootfs.unmount()
-            self._claim_volumes(claim=False)
+            for volume in self._direct:
+                self._disclaim(volume.source)
 
-    def _claim_volumes(self, *, claim: bool) -> None:
-        if not self._direct:
+    def _disclaim(self, source: str) -> None:
+        if self._drives is None or not self._drives.drop_volume(source, self._id):
             return
         from shimv2 import direct_volumes
 
-        for volume in self._direct:
-            if claim:
-                direct_volumes.claim(volume.source, self._sandbox_id)
-            else:
-                with contextlib.suppress(OSError):
-                    direct_volumes.disclaim(volume.source, self._sandbox_id)
+        with contextlib.suppress(OSError):
+            direct_volumes.disclaim(source, self._sandbox_id)
 
     def has_volume(self, source: str) -> bool:
         """Whether a direct volume with this path is one of its mounts, plugged."""
@@ -215,6 +210,10 @@ class ContainerFiles:
         return storage
 
     async def _plug_volume(self, volume: DirectMount, drives: Drives) -> None:
+        from shimv2 import direct_volumes
+
+        drives.hold_volume(volume.source, self._id)
+        direct_volumes.claim(volume.source, self._sandbox_id)
         record = volume.record
         drive = await drives.plug(record.device, self._id, readonly=record.readonly)
         point = direct_mount_point(volume.source)

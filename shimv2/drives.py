@@ -74,6 +74,7 @@ class Drives:
         self._lock = trio.Lock()
         self._drives: dict[_Identity, Drive] = {}
         self._count = 0
+        self._volumes: dict[str, set[str]] = {}  # path of a direct volume → who has it
 
     @property
     def written(self) -> bool:
@@ -120,6 +121,18 @@ class Drives:
                     log.warning("disk %s stays plugged: %s", drive.path, error)
                     continue
                 del self._drives[identity]
+
+    def hold_volume(self, source: str, holder: str) -> None:
+        """A container has a direct volume whose disk was plugged."""
+        self._volumes.setdefault(source, set()).add(holder)
+
+    def drop_volume(self, source: str, holder: str) -> bool:
+        """It has it no longer; returns whether nobody else has.  Idempotent."""
+        holders = self._volumes.get(source, set())
+        holders.discard(holder)
+        if not holders:
+            self._volumes.pop(source, None)
+        return not holders
 
     async def grow(self, path: Path, size: int) -> None:
         """Tell the guest that a disk has become larger on the host; nothing if it has it not.

@@ -249,3 +249,13 @@ async def test_rules_are_kept_without_devices() -> None:
     assert await block_devices.plug(oci, wanted, NO_LIMITS, [], drives_of(Vm()), "a") == []
     (rule,) = oci.Linux.Resources.Devices
     assert (rule.Allow, rule.Major) == (False, -1)
+
+
+def test_a_volume_has_a_user_until_the_last_container_drops_it() -> None:
+    drives = drives_of(Vm())
+    for holder in ("a", "b"):
+        drives.hold_volume("/v", holder)
+    assert not drives.drop_volume("/v", "a")
+    assert not drives.drop_volume("/v", "a")
+    assert drives.drop_volume("/v", "b")
+    assert drives.drop_volume("/v", "b")
