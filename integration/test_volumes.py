@@ -192,9 +192,8 @@ def _files(v: Volumes) -> None:
 
 
 def _links(v: Volumes) -> None:
-    for name in ("out", "up"):
-        with pytest.raises(CrictlError):
-            v.run(v.one, f"cat /dir/{name}")
+    # They lead to a file of the host, and in the container to nothing.
+    assert v.run(v.one, "cat /dir/out /dir/up 2>&1 || true").count("No such file") == 2
     assert v.run(v.one, "ln /dir/from-guest /dir/hard; stat -c %h /dir/hard") == "2\n"
     assert (v.root / "dir/hard").stat().st_ino == (v.root / "dir/from-guest").stat().st_ino
     v.run(v.one, "ln -s from-guest /dir/soft")
@@ -202,9 +201,9 @@ def _links(v: Volumes) -> None:
 
 
 def _read_only(v: Volumes) -> None:
-    for path in ("/ro/x", "/ro/inner/x", "/rro/x", "/rro/inner/x", "/config/x"):
-        with pytest.raises(CrictlError, match="Read-only file system"):
-            v.run(v.one, f"touch {path}")
+    paths = ("/ro/x", "/ro/inner/x", "/rro/x", "/rro/inner/x", "/config/x")
+    told = v.run(v.one, f"touch {' '.join(paths)} 2>&1 || true")
+    assert told.count("Read-only file system") == len(paths)
 
 
 def _raw_disk(v: Volumes) -> None:
@@ -233,7 +232,7 @@ def _empty_dirs(v: Volumes) -> None:
 
 
 def _between_containers(v: Volumes) -> None:
-    for directory in ("/dir", "/disk", "/memory"):
+    for directory in ("/dir", "/memory"):
         v.in_background(v.one, f"{_TOOL} listen {directory}/socket", "/listen.log")
         wait_until(
             lambda: v.run(v.two, f"test -S {directory}/socket && echo y || true"),  # noqa: B023
