@@ -66,29 +66,37 @@ class Loops:
         self._directory = directory
         self._containers: dict[str, str] = {}
 
-    def add(self, pod: Pod, name: str, *flags: str) -> None:
+    def add(self, pod: Pod, name: str, *flags: str) -> str:
+        """Returns the container's id."""
         file = self._directory / name
         script = f"i=0; trap 'echo $i >> /out/{name}' USR1; : > /out/{name};"
         script += " while :; do i=$((i+1)); done"
         mount = f"type=bind,src={self._directory},dst=/out,options=rbind:rw"
         self._containers[name] = pod.start("sh", "-c", script, flags=("--mount", mount, *flags))
         wait_until(file.exists, 10, f"{name} counts")
+        return self._containers[name]
+
+    def remove(self, container: str) -> None:
+        self._containers = {n: c for n, c in self._containers.items() if c != container}
+        self._kata.remove(container)
 
     def speeds(self, seconds: float) -> dict[str, float]:
         """Rounds a second of each."""
-        first, begin = self._counts(1), time.monotonic()
+        first, begin = self._counts(), time.monotonic()
         time.sleep(seconds)  # in which they work
-        second, end = self._counts(2), time.monotonic()
+        second, end = self._counts(), time.monotonic()
         return {name: (second[name] - first[name]) / (end - begin) for name in first}
 
-    def _counts(self, time_asked: int) -> dict[str, int]:
+    def _counts(self) -> dict[str, int]:
+        files = {name: self._directory / name for name in self._containers}
+        for file in files.values():
+            file.write_text("")
         for container in self._containers.values():
             self._kata.ctr("task", "kill", "-s", "SIGUSR1", container)
 
         def counts() -> dict[str, int]:
-            files = {name: self._directory / name for name in self._containers}
-            lines = {name: file.read_text().splitlines() for name, file in files.items()}
-            return {n: int(found[-1]) for n, found in lines.items() if len(found) == time_asked}
+            texts = {name: file.read_text() for name, file in files.items()}
+            return {name: int(text) for name, text in texts.items() if text.endswith("\n")}
 
         wait_until(lambda: len(counts()) == len(self._containers), 10, "all have told")
         return counts()
@@ -97,20 +105,25 @@ class Loops:
 @needs_two_cpus
 @pytest.mark.one_edition
 def test_a_container_gets_its_share_of_work(kata: Kata, tmp_path: Path) -> None:
-    """min(vCPUs, quota): 0.4 of a CPU beside two without a quota on what is left of two vCPUs."""
+    """min(vCPUs, quota): a VM of one vCPU uses one, and 0.4 of a CPU is 0.4 of what one does."""
     loops = Loops(kata, tmp_path)
     with kata.pod() as pod:
-        loops.add(pod, "limited", "--cpus", "0.4")
         loops.add(pod, "free")
-        speed = loops.speeds(6)
-        assert 0.25 < speed["limited"] / speed["free"] < 0.55, speed
-        loops.add(pod, "second")
-        loops.add(pod, "third")
-        for file in tmp_path.iterdir():
-            file.write_text("")
-        shared = loops.speeds(6)
-        assert sum(shared.values()) < 1.3 * sum(speed.values()) * 2 / 1.4, (speed, shared)
-        assert 0.2 < shared["limited"] / speed["free"] < 0.55, "as much as before, not more"
+        second = loops.add(pod, "second")
+        before, begin = _cpu_seconds(pod.vmm_pid), time.monotonic()
+        loops.speeds(5)
+        used = (_cpu_seconds(pod.vmm_pid) - before) / (time.monotonic() - begin)
+        assert used < 1.25, "two loops, one vCPU, two CPUs of the host"
+        loops.remove(second)
+        loops.add(pod, "limited", "--cpus", "0.4")  # which brings a vCPU
+        speed = loops.speeds(5)
+        # On a busy host the loop that never sleeps gets less of its CPU than the other.
+        assert 0.2 < speed["limited"] / speed["free"] < 0.7, speed
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 _SMALL_VM = ("--annotation", "io.katacontainers.config.hypervisor.default_memory=256")
