@@ -209,6 +209,15 @@ def test_a_block_device_of_a_container(disks: Kata, tmp_path: Path) -> None:
     assert image.read_bytes()[4096:4103] == b"written"
 
 
+def test_a_privileged_container_has_no_disk_of_the_host(disks: Kata) -> None:
+    done = disks.run(
+        "sh", "-c", f"{_DISKS}; ls /dev | grep -c loop", flags=("--privileged",), check=False
+    )
+    # Of all that it lists only the node of the control device, which is no disk, is there.
+    assert done.stdout.split()[0] == "0"
+    assert int(done.stdout.split()[1]) <= 1
+
+
 def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> None:
     scsi = _configured(
         prefix,

@@ -7,9 +7,11 @@ them in the nodes, in the rules of the devices cgroup and in the limits of block
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from agent.api import agent_pb2, oci_pb2
 from shimv2.drives import DriveError, Drives, host_node
@@ -63,6 +65,8 @@ async def plug(
     readonly = {mount.destination for mount in mounts if mount.readonly}
     plugged: dict[Numbers, agent_pb2.Device] = {}
     devices: list[agent_pb2.Device] = []
+    if _allows_all(rules) and _has_all(listed):
+        _leave_out(listed)
     for entry in [entry for entry in listed if entry.Type == "b"]:
         numbers = entry.Major, entry.Minor
         try:
@@ -72,12 +76,7 @@ async def plug(
                 readonly=entry.Path in readonly or not _is_written(rules, numbers),
             )
         except DriveError as error:
-            if not _allows_all(rules):
-                raise DriveError(f"device {entry.Path}: {error}") from error
-            # A privileged container lists all that the host has.
-            log.warning("device %s left out: %s", entry.Path, error)
-            listed.remove(entry)
-            continue
+            raise DriveError(f"device {entry.Path}: {error}") from error
         device = agent_pb2.Device(id=drive.source, type=drive.driver, container_path=entry.Path)
         plugged.setdefault(numbers, device)
         devices.append(device)
@@ -86,6 +85,35 @@ async def plug(
     if plugged:
         _limit(oci.Linux.Resources.BlockIO, limits, plugged)
     return devices
+
+
+def _has_all(listed: Iterable[oci_pb2.LinuxDevice]) -> bool:
+    """Whether every block device of this host is listed, as engines do it for privileged
+    containers: nobody has asked for one of them."""
+    numbers = {(entry.Major, entry.Minor) for entry in listed if entry.Type == "b"}
+    return numbers >= host_numbers()
+
+
+def host_numbers() -> set[Numbers]:
+    """Of the host's block devices that have a node."""
+    found = set()
+    for name in os.listdir("/sys/class/block"):
+        with contextlib.suppress(OSError):
+            number = os.stat(f"/dev/{name.replace('!', '/')}").st_rdev
+            found.add((os.major(number), os.minor(number)))
+    return found
+
+
+def _leave_out(listed: Any) -> None:
+    """Those under the host's own names; one that was asked for may have another."""
+    names = []
+    for entry in [entry for entry in listed if entry.Type == "b"]:
+        with contextlib.suppress(DriveError):
+            if str(host_node(entry.Major, entry.Minor)) != entry.Path:
+                continue
+        names.append(entry.Path)
+        listed.remove(entry)
+    log.info("a privileged container lists all devices of the host: without %s", ", ".join(names))
 
 
 def _rules(

@@ -215,18 +215,28 @@ async def test_devices_of_a_spec(disk: Path) -> None:
     assert [t.Minor for t in oci.Linux.Resources.BlockIO.ThrottleReadBpsDevice] == [3]
 
 
-async def test_a_missing_device_is_an_error_but_for_a_privileged_container(disk: Path) -> None:
-    for listed, allowed in (([DENY_ALL | {"allow": True}], True), ([], False)):
+async def test_a_missing_device_is_named(disk: Path) -> None:
+    oci = oci_pb2.Spec()
+    oci.Linux.Devices.add(Path="/dev/gone", Type="b", Major=7, Minor=99)
+    with pytest.raises(DriveError, match=r"/dev/gone.*7:99"):
+        await block_devices.plug(oci, rules(), NO_LIMITS, [], drives_of(Vm()), "a")
+
+
+async def test_a_privileged_container_has_none_of_all_that_the_host_has(
+    disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_devices, "host_numbers", lambda: {(7, 1), (7, 99)})
+    everything = rules(DENY_ALL | {"allow": True})
+    for listed, wanted in (
+        ([(str(disk), 1), ("/dev/gone", 99), ("/dev/asked-for", 1)], ["/dev/asked-for"]),
+        ([(str(disk), 1)], [str(disk)]),  # with privileged_without_host_devices
+    ):
         oci = oci_pb2.Spec()
-        oci.Linux.Devices.add(Path="/dev/gone", Type="b", Major=7, Minor=99)
-        oci.Linux.Devices.add(Path="/dev/there", Type="b", Major=7, Minor=1)
-        work = block_devices.plug(oci, rules(*listed), NO_LIMITS, [], drives_of(Vm()), "a")
-        if allowed:
-            assert [device.container_path for device in await work] == ["/dev/there"]
-            assert [entry.Path for entry in oci.Linux.Devices] == ["/dev/there"]
-        else:
-            with pytest.raises(DriveError, match=r"/dev/gone.*7:99"):
-                await work
+        for path, minor in listed:
+            oci.Linux.Devices.add(Path=path, Type="b", Major=7, Minor=minor)
+        made = await block_devices.plug(oci, everything, NO_LIMITS, [], drives_of(Vm()), "a")
+        assert [device.container_path for device in made] == wanted
+        assert [entry.Path for entry in oci.Linux.Devices] == wanted
 
 
 async def test_a_mounted_device_becomes_one_of_the_spec(disk: Path) -> None:
