@@ -344,17 +344,19 @@ class Container:
 
     async def _remove_from_guest(self) -> None:
         # The VM of the last container is on its way out, and its guest with it.
-        if not self._in_guest or self._life is None or not self._life.is_running:
+        if self._life is None or not self._life.is_running:
             return
-        with contextlib.suppress(RpcError, VmmError):
-            guest = await self._guest()
-            await guest.call(
-                "RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=self.id)
-            )
-            if self._life.sizing is not None:
-                self._life.sizing.forget(self.id)
+        if self._in_guest:
+            with contextlib.suppress(RpcError, VmmError):
+                guest = await self._guest()
+                await guest.call(
+                    "RemoveContainer", agent_pb2.RemoveContainerRequest(container_id=self.id)
+                )
+            self._in_guest = False
+        if self._life.sizing is not None:
+            self._life.sizing.forget(self.id)
+            with contextlib.suppress(VmmError):  # it goes on larger than it need be
                 await self._life.sizing.shrink()
-        self._in_guest = False
 
     async def release(self) -> None:
         """Let go of what the host holds for it: streams, shared directories, mounts."""

@@ -134,7 +134,7 @@ class Sizing:
             if self._swap is not None:
                 await self._swap.cover(wanted_swap(self._own_memory, demands.values()))
             self._confine(demands)
-            self._demands = demands
+            self._demands[container_id] = demand  # of the others some may have ended meanwhile
 
     def _wanted(self, demands: dict[str, Demand]) -> Size:
         if not self._guest.vm.capabilities.memory_hotplug:

@@ -15,7 +15,7 @@ import trio.testing
 from shimv2 import container as container_module
 from shimv2.hooks import HookError
 from shimv2.spec import Hook, HookKind
-from shimv2.tests.fakes import Shim, shim_of
+from shimv2.tests.fakes import FakeLife, Shim, shim_of
 from ttrpc.errors import Code, RpcError
 
 
@@ -204,3 +204,41 @@ async def test_shutdown_of_what_lives_tells_its_exit_first(shim: Shim) -> None:
     await shim.ask("Shutdown", id="web")
     assert shim.events.names()[-1] == "TaskExit web 255"
     assert shim.events.flushed == len(shim.events.published)
+
+
+class Sizes:
+    """In place of a VM's sizing; attributes: those that count, and how often it shrank."""
+
+    def __init__(self) -> None:
+        self.counted: set[str] = set()
+        self.shrunk = 0
+
+    async def add(self, container_id: str, _resources: Any) -> None:
+        self.counted.add(container_id)
+
+    def forget(self, container_id: str) -> None:
+        self.counted.discard(container_id)
+
+    async def shrink(self) -> None:
+        self.shrunk += 1
+
+
+@pytest.mark.parametrize("method", ["CreateContainer", "RemoveContainer"])
+async def test_what_was_not_created_takes_no_room(shim: Shim, method: str) -> None:
+    """Whether the guest knows of it or not."""
+    await shim.create("first")
+    sizes = FakeLife.lives[0].sizing = Sizes()  # type: ignore[assignment]
+    shim.guest.on["CreateContainer"] = shim.guest.on[method] = refuse
+    assert await shim.code("Create", "CreateTaskRequest", id="web", bundle=str(shim.bundle("web")))
+    assert sizes.counted == set()
+    assert sizes.shrunk == 1
+
+
+async def test_what_is_deleted_takes_no_room(shim: Shim) -> None:
+    await shim.create("first")
+    sizes = FakeLife.lives[0].sizing = Sizes()  # type: ignore[assignment]
+    await shim.create("web")
+    assert sizes.counted == {"web"}
+    await shim.ask("Delete", id="web")
+    assert sizes.counted == set()
+    assert sizes.shrunk == 1

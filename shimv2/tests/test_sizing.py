@@ -162,6 +162,20 @@ async def test_what_is_refused_is_not_counted(config: Config) -> None:
     assert scene.size == Size(1, 384)
 
 
+async def test_what_ends_while_the_vm_grows_does_not_count(config: Config) -> None:
+    scene = Scene(config)
+    await scene.sizing.add("a", _resources(1, 256))
+
+    async def end_of_a(_threads: object = None) -> list[int]:
+        scene.sizing.forget("a")
+        return []
+
+    scene.guest.vcpu_threads = end_of_a  # type: ignore[method-assign]
+    await scene.sizing.add("b", _resources(1, 256))
+    await scene.sizing.shrink()
+    assert scene.size == Size(2, 512)
+
+
 async def test_a_failed_unplug_is_no_error(config: Config) -> None:
     scene = Scene(config)
     await scene.sizing.add("a", _resources(1, 256))
