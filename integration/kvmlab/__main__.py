@@ -29,7 +29,7 @@ _SUITE = "integration/kvmlab/suite"
 #: Each has a machine of its own; run unless others are named.
 USUAL = (
     *("smoke", "check", "channels", "cgroups", "pods", "hotplug"),
-    *("networks", "devmapper", "apparmor", "faults"),
+    *("networks", "devmapper", "apparmor", "clock", "faults"),
 )
 SUITES = {name: [f"{_SUITE}/{name}.py"] for name in USUAL} | {
     "run": ["integration/test_run.py", "-k", "not go and not slow"]

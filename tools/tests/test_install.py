@@ -29,7 +29,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Path(sysconfig.get_path("purelib"))
     made = build / "deps" / installer.dependencies_name("/usr/bin/python3")
     made.mkdir(parents=True)
-    for name in ("trio", "attr", "attrs", "idna", "outcome", "sniffio", "sortedcontainers"):
+    for name in ("trio", "attr", "attrs", "idna", "outcome", "sniffio", "sortedcontainers", "h11"):
         if (source / name).exists():
             shutil.copytree(source / name, made / name)
     shutil.copytree(source / "google", made / "google")
