@@ -21,6 +21,9 @@ TCG_BUFFER_MIB = 64
 """Translated code kept; QEMU's own default is an eighth of the host's memory, all of which
 a long-lived guest ends up filling."""
 
+TCG_REGION_MIB = 2
+"""The least that a vCPU gets of that buffer, if it is large enough for all (tcg/region.c)."""
+
 # What a guest kernel on virtio has no use for; each costs firmware and kernel time.
 MACHINE_OPTIONS = (
     "sata=off",
@@ -123,7 +126,9 @@ def _machine(boot: Boot) -> str:
 def _accelerator(boot: Boot) -> str:
     if boot.accelerator is Accelerator.KVM:
         return "kvm"
-    return f"tcg,thread=multi,tb-size={TCG_BUFFER_MIB}"
+    # Each vCPU holds a region of 2 MiB from the start, also one that never runs.
+    idle = max(boot.config.vcpus, boot.config.max_vcpus) - 1
+    return f"tcg,thread=multi,tb-size={TCG_BUFFER_MIB + TCG_REGION_MIB * idle}"
 
 
 def _cpu(boot: Boot) -> str:
