@@ -29,13 +29,14 @@ _CONFIG = f"""
 """
 
 
-@pytest.fixture
-def pool(tmp_path: Path) -> Iterator[None]:
-    """A thin pool on loop devices."""
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A thin pool on loop devices; of all tests, since containerd remembers what is in it."""
+    directory = tmp_path_factory.mktemp("pool")
     with ExitStack() as stack:
         devices = []
         for name, size in (("metadata", _METADATA), ("data", _DATA)):
-            file = tmp_path / name
+            file = directory / name
             with file.open("wb") as made:
                 made.truncate(size)
             done = subprocess.run(
@@ -62,7 +63,7 @@ def _remove(name: str) -> None:
     subprocess.run(["dmsetup", "remove", "--retry", name], check=True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def snapshotter(system: SystemContainerd, pool: None) -> Iterator[str]:
     with configured(system, CONTAINERD_CONFIG.read_text() + _CONFIG):
         system.ctr("images", "import", "--snapshotter", "devmapper", busybox_image())
