@@ -20,7 +20,7 @@ class Timeline:
     """
 
     def __init__(self, origin: float | None = None) -> None:
-        self._origin = _process_start() if origin is None else origin
+        self._origin = process_start() if origin is None else origin
         self.began = time.time_ns() - int((time.monotonic() - self._origin) * 1e9)
         self.marks: dict[str, float] = {}
         self.kind = "cold"
@@ -35,7 +35,8 @@ class Timeline:
         return f"{marks} kind={self.kind}"
 
 
-def _process_start() -> float:
+def process_start() -> float:
+    """When this process began, by the monotonic clock."""
     import os
 
     with open("/proc/self/stat", "rb") as file:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import h11
@@ -36,18 +39,10 @@ async def fetch(socket: Path, target: str, *, limit: float) -> bytes:
     Raises:
         FetchError: nobody listens, no answer in time, one too long, or another status than 200.
     """
-    try:
-        with trio.fail_after(limit):
-            try:
-                stream = await trio.open_unix_socket(str(socket))
-            except OSError as error:
-                raise FetchError(f"{socket}: {error.strerror or error}", gone=True) from error
-            async with stream:
-                return await _exchange(stream, "GET", target)
-    except trio.TooSlowError:
-        raise FetchError(f"{socket}: no answer in {limit:g} s") from None
-    except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:
-        raise FetchError(f"{socket}: {error}") from error
+    async with _connected(
+        str(socket), partial(trio.open_unix_socket, str(socket)), limit
+    ) as stream:
+        return await _exchange(stream, "GET", target)
 
 
 async def post(
@@ -59,14 +54,23 @@ async def post(
         FetchError: as `fetch`.
     """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    async with _connected(where, partial(trio.open_tcp_stream, host, port), limit) as stream:
+        return await _exchange(stream, "POST", target, where, body, content_type)
+
+
+@asynccontextmanager
+async def _connected(
+    where: str, connect: Callable[[], Awaitable[trio.SocketStream]], limit: float
+) -> AsyncIterator[trio.SocketStream]:
+    """A connection for one exchange; what goes wrong with either is a FetchError."""
     try:
         with trio.fail_after(limit):
             try:
-                stream = await trio.open_tcp_stream(host, port)
+                stream = await connect()
             except OSError as error:
                 raise FetchError(f"{where}: {error.strerror or error}", gone=True) from error
             async with stream:
-                return await _exchange(stream, "POST", target, where, body, content_type)
+                yield stream
     except trio.TooSlowError:
         raise FetchError(f"{where}: no answer in {limit:g} s") from None
     except (trio.BrokenResourceError, h11.RemoteProtocolError) as error:

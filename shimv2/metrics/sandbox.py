@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import resource
 import time
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from shimv2.metrics import procfs
 from shimv2.metrics.exposition import Page, parse
 from shimv2.metrics.overhead import add_overhead, snapshot
 from shimv2.metrics.procfs import Process
+from shimv2.timeline import process_start
 from ttrpc.errors import RpcError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _processes(page: Page, pids: Mapping[str, int]) -> dict[str, Process]:
 
 def add_process_families(page: Page, own: Process, prefix: str = "") -> None:
     """What Prometheus' clients tell of the process that they are in, here of the caller's."""
-    started = time.time() - (time.monotonic() - _started())
+    started = time.time() - (time.monotonic() - process_start())
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     for name, help_, value, kind in (
         ("cpu_seconds_total", "CPU time in seconds.", own.cpu_seconds, "counter"),
@@ -142,14 +142,6 @@ def add_process_families(page: Page, own: Process, prefix: str = "") -> None:
         ("start_time_seconds", "Start, since the epoch.", round(started, 2), "gauge"),
     ):
         page.value(f"{prefix}process_{name}", help_, value, kind)
-
-
-def _started() -> float:
-    """When this process began, by the monotonic clock."""
-    with open("/proc/self/stat", "rb") as file:
-        ticks = int(file.read().rpartition(b")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - age
 
 
 def _boot(page: Page, timeline: Timeline) -> None:

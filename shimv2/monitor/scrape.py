@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import trio
 
-from shimv2.boot import history
 from shimv2.boot.prometheus import Starts
 from shimv2.management.client import FetchError, fetch
 from shimv2.metrics import procfs
@@ -18,6 +17,7 @@ from shimv2.metrics.durations import Durations
 from shimv2.metrics.exposition import Page, parse
 from shimv2.metrics.sandbox import RESERVED, add_process_families
 from shimv2.monitor.sandboxes import Sandbox, sandboxes
+from shimv2.monitor.starts import BEGINNING, later_than, place_of
 
 log = logging.getLogger("kata-monitor")
 
@@ -46,7 +46,7 @@ class Scraper:
         self._failures = 0
         self._durations = Durations()
         self._starts = Starts()
-        self._last_start = (0, "")
+        self._last_start = BEGINNING
 
     async def page(self) -> Page:
         """The figures of every sandbox that answers in time, and of this process."""
@@ -99,20 +99,10 @@ class Scraper:
             (),
         )
         add_process_families(page, procfs.read([os.getpid()]), "kata_monitor_")
-        self._count_starts()
+        for record in later_than(self._last_start):
+            self._starts.add(record)
+            self._last_start = place_of(record)
         self._starts.expose(page)
-
-    def _count_starts(self) -> None:
-        """Those that this host has kept since the last time."""
-        try:
-            records = history.load(history.HISTORY)
-        except OSError as error:
-            log.warning("%s: %s", history.HISTORY, error.strerror)
-            return
-        for record in records:
-            if (record.started, record.id) > self._last_start:
-                self._last_start = record.started, record.id
-                self._starts.add(record)
 
 
 def _name(name: str) -> str:

@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 
 import trio
 
-from shimv2.boot import history
 from shimv2.boot.history import BootRecord
 from shimv2.boot.phases import phases, total
 from shimv2.management.client import FetchError, post
+from shimv2.monitor.starts import BEGINNING, later_than, place_of
 from shimv2.state import SandboxRecord
 from shimv2.version import VERSION
 
@@ -67,7 +67,7 @@ class Exporter:
 
     def __init__(self, where: Collector) -> None:
         self._where = where
-        self._last = max(map(_order, _starts()), default=(0, ""))
+        self._last = max(map(place_of, later_than(BEGINNING)), default=BEGINNING)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -77,7 +77,7 @@ class Exporter:
 
     async def export(self) -> None:
         """What is new; a collector that does not take it gets it the next time."""
-        new = [record for record in _starts() if _order(record) > self._last]
+        new = later_than(self._last)
         if not new:
             return
         body = json.dumps(document(new)).encode()
@@ -89,19 +89,7 @@ class Exporter:
                 log.warning("%d traces are kept for later: %s", len(new), error)
                 return
             log.error("%d traces are refused: %s", len(new), error)
-        self._last = _order(new[-1])
-
-
-def _starts() -> list[BootRecord]:
-    try:
-        return history.load(history.HISTORY)
-    except OSError as error:
-        log.warning("%s: %s", history.HISTORY, error.strerror)
-        return []
-
-
-def _order(record: BootRecord) -> tuple[int, str]:
-    return record.started, record.id
+        self._last = place_of(new[-1])
 
 
 def document(records: list[BootRecord]) -> dict[str, Any]:
