@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 from guestbuild import digest, elf, static_program, tree, wheel
-from guestbuild.apt import acquire_options
 from guestbuild.command import run
 from guestbuild.description import Description
 from guestbuild.errors import BuildError
 from guestbuild.progress import Progress
 from guestbuild.sources import Archive
+from guestbuild.unpack import unpack
 
 LIBRARY = "/usr/lib/pykata"  # our packages and their dependencies, in the guest
 # Mount points that the agent needs on the read-only root.
@@ -98,7 +98,7 @@ def build(
             *(description.symlinks, description.remove, description.keep, description.drop_needed),
             description.applets,
             [(program.target, digest.of_file(path)) for program, path in programs],
-            digest.of_builder("root", "tree", "wheel", "elf"),
+            digest.of_builder("root", "unpack", "tree", "wheel", "elf"),
         ]
     )
     folder = cache / "roots" / key
@@ -150,18 +150,10 @@ def build(
 
 
 def _unpack(description: Description, archive: Archive, target: Path) -> dict[str, str]:
-    """Unpack packages and what they depend on; no maintainer script runs."""
+    """Unpack the packages; returns the versions of all that came, by name."""
     listing = target.parent / "archives.txt"
-    options = [
-        "--variant=extract",
-        "--mode=root",
-        "--quiet",
-        f"--include={','.join(description.packages)}",
-        '--aptopt=APT::Install-Recommends "false"',
-        f'--extract-hook=cd "$1"/var/cache/apt/archives && ls *.deb > {listing}',
-        *(f"--aptopt={line}" for line in acquire_options()),
-    ]
-    run(["mmdebstrap", *options, archive.suite, target, *archive.lines])
+    hook = f'--extract-hook=cd "$1"/var/cache/apt/archives && ls *.deb > {listing}'
+    unpack(description.packages, archive, target, hook)
     return dict(_deb_name(name) for name in listing.read_text().split())
 
 

@@ -13,12 +13,13 @@ import tempfile
 from pathlib import Path
 
 from guestbuild import digest
-from guestbuild.apt import Apt, acquire_options
+from guestbuild.apt import Apt
 from guestbuild.command import run
 from guestbuild.description import StaticProgram
 from guestbuild.errors import BuildError
 from guestbuild.progress import Progress
 from guestbuild.sources import Archive
+from guestbuild.unpack import unpack
 
 # What any configure script and Makefile needs; a program's own libraries come from its description.
 _TOOLS = (
@@ -42,7 +43,8 @@ def build(
     Raises:
         BuildError: The source is not the one that the description names, or it does not build.
     """
-    key = digest.of_value([program.as_list(), archive.suite, digest.of_builder("static_program")])
+    builder = digest.of_builder("static_program", "unpack")
+    key = digest.of_value([program.as_list(), archive.suite, builder])
     result = cache / "static" / key / program.name
     if result.exists():
         return result
@@ -99,14 +101,6 @@ def _source(program: StaticProgram, archive: Archive, cache: Path, scratch: Path
 
 
 def _unpack_tools(program: StaticProgram, archive: Archive, root: Path) -> None:
-    """A root with a compiler, of the same suite as the guest; no maintainer script runs."""
-    options = [
-        "--variant=extract",
-        "--mode=root",
-        "--quiet",
-        f"--include={','.join((*_TOOLS, *program.packages))}",
-        '--aptopt=APT::Install-Recommends "false"',
-        *(f"--aptopt={line}" for line in acquire_options()),
-    ]
-    run(["mmdebstrap", *options, archive.suite, root, *archive.lines])
+    """A root with a compiler, of the same suite as the guest."""
+    unpack((*_TOOLS, *program.packages), archive, root)
     (root / "usr/bin/awk").symlink_to("mawk")  # else made by a maintainer script
