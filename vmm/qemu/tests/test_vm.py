@@ -12,7 +12,8 @@ import struct
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,21 @@ async def test_pause_resume(vm_config: VmConfig, boot: Any) -> None:
             await shell.read_until(b"resumed-42")
 
 
+@asynccontextmanager
+async def clone_of(
+    snapshot: Path, config: VmConfig, state_dir: Path
+) -> AsyncIterator[tuple[Qemu, trio.SocketStream]]:
+    """A VM that goes on from a snapshot, and its console."""
+    console = ConsoleDevice("console0", state_dir / "console.sock")
+    async with Qemu(config) as clone:
+        await clone.prepare()
+        await clone.add_device(console)
+        async with await trio.open_unix_socket(str(console.socket)) as stream:
+            await clone.restore(snapshot)
+            await clone.resume()
+            yield clone, stream
+
+
 async def test_save_and_restore(
     vm_config: VmConfig, boot: Any, shell_on: Any, tmp_path: Path, state_dir: Path
 ) -> None:
@@ -279,20 +295,14 @@ async def test_save_and_restore(
     assert memory_file.st_size == vm_config.memory_mib << 20
     assert memory_file.st_blocks * 512 < memory_file.st_size, "holes stay holes"
     assert (tmp_path / "state").stat().st_size < 4 << 20, "no memory in it"
-    console = ConsoleDevice("console0", state_dir / "console.sock")
     disk = tmp_path / "disk"
     disk.write_bytes(b"plugged into the clone".ljust(1 << 20, b"\0"))
-    async with Qemu(vm_config) as clone:
-        await clone.prepare()
-        await clone.add_device(console)
-        async with await trio.open_unix_socket(str(console.socket)) as stream:
-            await clone.restore(tmp_path)
-            await clone.resume()
-            shell = shell_on(stream)
-            assert (await shell.run("busybox cat /mnt/note"))[1] == "remembered"
-            assert (await clone.add_device(BlockDevice("d", disk))).pci_path == "02/01"
-            script = "until busybox head -c 7 /dev/vdb 2>/dev/null; do busybox usleep 10000; done"
-            assert (await shell.run(script))[1] == "plugged"
+    async with clone_of(tmp_path, vm_config, state_dir) as (clone, stream):
+        shell = shell_on(stream)
+        assert (await shell.run("busybox cat /mnt/note"))[1] == "remembered"
+        assert (await clone.add_device(BlockDevice("d", disk))).pci_path == "02/01"
+        script = "until busybox head -c 7 /dev/vdb 2>/dev/null; do busybox usleep 10000; done"
+        assert (await shell.run(script))[1] == "plugged"
     assert (tmp_path / "memory").stat().st_mtime_ns == memory_file.st_mtime_ns
 
 
@@ -308,20 +318,14 @@ async def test_clones_that_map_the_saved_memory(
         await vm.save(tmp_path)
     before = (tmp_path / "memory").read_bytes()
     for number in range(2):  # what one wrote is not the other's
-        console = ConsoleDevice("console0", state_dir / "console.sock")
-        async with Qemu(config) as clone:
-            await clone.prepare()
-            await clone.add_device(console)
-            async with await trio.open_unix_socket(str(console.socket)) as stream:
-                await clone.restore(tmp_path)
-                await clone.resume()
-                shell = shell_on(stream)
-                assert (await shell.run("busybox cat /mnt/note"))[1] == "remembered"
-                await shell.run(f"echo {number} >/mnt/note; busybox sync")
-                assert (await shell.run("busybox cat /mnt/note"))[1] == str(number)
-                mapped = Path(f"/proc/{clone.pid}/smaps").read_text()
-                kinds = re.findall(rf"\S+ r[-w]-(.) .* {tmp_path}/memory\n", mapped)
-                assert set(kinds) == {"p"}
+        async with clone_of(tmp_path, config, state_dir) as (clone, stream):
+            shell = shell_on(stream)
+            assert (await shell.run("busybox cat /mnt/note"))[1] == "remembered"
+            await shell.run(f"echo {number} >/mnt/note; busybox sync")
+            assert (await shell.run("busybox cat /mnt/note"))[1] == str(number)
+            mapped = Path(f"/proc/{clone.pid}/smaps").read_text()
+            kinds = re.findall(rf"\S+ r[-w]-(.) .* {tmp_path}/memory\n", mapped)
+            assert set(kinds) == {"p"}
         assert (tmp_path / "memory").read_bytes() == before
 
 
