@@ -10,12 +10,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import trio
@@ -26,6 +26,7 @@ from integration.bench.containers import Workbench
 from integration.bench.figures import Figure
 from integration.lib.containerd import DEBIAN, Containerd
 from integration.lib.images import busybox_image
+from integration.lib.templates import Templates
 
 TREE = Path(__file__).resolve().parent.parent.parent
 BUILDER = TREE / "rootfs-builder"
@@ -67,7 +68,9 @@ def main() -> int:
         figures[guest.name] = measure(guest, assets, args.prefix, args.runs)
     print(table(figures))
     (args.output / "guests.json").write_text(
-        json.dumps({name: [f.to_json() for f in found] for name, found in figures.items()})
+        json.dumps(
+            {name: [f.to_json() for f in found if f.values] for name, found in figures.items()}
+        )
     )
     return 0
 
@@ -111,25 +114,29 @@ def measure(guest: Guest, assets: Path, prefix: Path, runs: int) -> list[Figure]
     image, initrd = (root, None) if guest.format == "image" else (None, root)
     modules = assets / "modules-initrd.img"
     kernel = assets / "vmlinux"
-    first = initrd or (modules if modules.exists() else None)
-    bare.measure(runs, lambda: trio.run(boot.bare_boot, kernel, image, first))
+    if not modules.exists():  # its initrd goes on with the agent, whatever PID 1 is to be
+        bare.measure(runs, lambda: trio.run(boot.bare_boot, kernel, image, initrd))
     cold = Figure("cold start", "kata", "s")
     used = Figure("memory used", "kata", "MB")
     clone = Figure("from template", "kata", "s")
     template = Figure("template", "kata", "MB")
-    directory = Path(tempfile.mkdtemp(prefix="bench-", dir="/run"))
-    try:
-        configuration = _configuration(prefix, directory, kernel, root, guest, modules)
+    with ExitStack() as stack:
+        directory = Path(stack.enter_context(TemporaryDirectory(prefix="bench-", dir="/run")))
+        templates = Templates(prefix, directory)
+        _configure(templates, kernel, root, guest, modules)
+        stack.callback(templates.command, "destroy")
         for enabled in (False, True):
-            _choose(directory, templates=enabled)
+            templates.set("factory", enable_template=enabled)
             if enabled:
-                _factory(prefix, configuration, "init")
-                saved = directory.glob("t/*/memory")
+                done = templates.command("init")
+                if done.returncode:
+                    raise RuntimeError(f"no template: {done.stderr}")
+                saved = templates.path.glob("*/memory")
                 template.values += [path.stat().st_blocks * 512 / 1e6 for path in saved]
             with Containerd(
                 DEBIAN,
                 shim_path=[prefix / "bin"],
-                environment={"KATA_CONF_FILE": str(configuration)},
+                environment={"KATA_CONF_FILE": str(templates.file)},
             ) as containerd:
                 containerd.import_image(busybox_image())
                 bench = Workbench(containerd)
@@ -141,45 +148,21 @@ def measure(guest: Guest, assets: Path, prefix: Path, runs: int) -> list[Figure]
                 if not enabled:
                     with bench.container("kata") as container_id:
                         used.measure(1, lambda: _used(bench, container_id))  # noqa: B023 - called at once
-    finally:
-        if (directory / "configuration.toml").exists():
-            _factory(prefix, directory / "configuration.toml", "destroy")
-        shutil.rmtree(directory)
     return [size, bare, cold, clone, template, used]
 
 
-def _configuration(
-    prefix: Path, directory: Path, kernel: Path, root: Path, guest: Guest, modules: Path
-) -> Path:
-    text = (prefix / "share/defaults/kata-containers/configuration.toml").read_text()
-    text = re.sub(r"(?m)^(kernel|image|initrd|modules_initrd) = .*\n", "", text)
+def _configure(templates: Templates, kernel: Path, root: Path, guest: Guest, modules: Path) -> None:
+    """Have sandboxes of this configuration run this guest."""
+    text = re.sub(
+        r"(?m)^(kernel|image|initrd|modules_initrd) = .*\n", "", templates.file.read_text()
+    )
     lines = [f'kernel = "{kernel}"', f'{guest.format} = "{root}"']
     if modules.exists():
         lines.append(f'modules_initrd = "{modules}"')
     text = text.replace("[hypervisor.qemu]\n", "[hypervisor.qemu]\n" + "\n".join(lines) + "\n", 1)
     if guest.format == "initrd":
         text = re.sub(r"(?m)^rootfs_type = .*\n", "", text)
-    configuration = directory / "configuration.toml"
-    configuration.write_text(text)
-    (directory / "config.d").mkdir()
-    return configuration
-
-
-def _choose(directory: Path, *, templates: bool) -> None:
-    (directory / "config.d/bench.toml").write_text(
-        f'[factory]\nenable_template = {str(templates).lower()}\ntemplate_path = "{directory}/t"\n'
-    )
-
-
-def _factory(prefix: Path, configuration: Path, word: str) -> None:
-    command: list[str | Path] = [
-        prefix / "bin/kata-runtime",
-        "--config",
-        configuration,
-        "factory",
-        word,
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    templates.file.write_text(text)
 
 
 def _used(bench: Workbench, container_id: str) -> float:
@@ -205,6 +188,8 @@ def table(figures: dict[str, list[Figure]]) -> str:
 
 
 def _cell(figure: Figure) -> str:
+    if not figure.values:
+        return ""
     if figure.unit == "s":
         return f"{figure.best:.2f} / {figure.median:.2f}"
     return f"{figure.median:.1f}"
