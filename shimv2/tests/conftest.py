@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,3 +54,12 @@ def isolated() -> Isolated:
         assert status == 0, text
 
     return run
+
+
+@pytest.fixture
+def nothing_left_open() -> Iterator[None]:
+    """No descriptor that a test opened outlives it."""
+    before = set(os.listdir("/proc/self/fd"))
+    yield
+    left = set(os.listdir("/proc/self/fd")) - before
+    assert len(left) <= 1, left

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stdio with real fifos, files and loggers; the guest's end is one half of a socket pair."""
+"""Stdio with real fifos and files; the guest's end is one half of a socket pair."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import hashlib
 import os
 import socket
 import stat
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,75 +15,18 @@ import pytest
 import trio
 
 from shimv2 import endpoints
-from shimv2.stdio import Stdio, StdioError
+from shimv2.stdio import StdioError
+from shimv2.tests.stdio_ends import (
+    Collector,
+    RpcReader,
+    SocketReader,
+    guest_stream,
+    make,
+    receive,
+    send,
+)
 
-
-class SocketReader:
-    """A guest stream whose bytes lie in a socket, as a vsock channel hands it out."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        sock.setblocking(False)
-
-    @property
-    def fd(self) -> int | None:
-        return self._sock.fileno()
-
-    async def read(self, limit: int) -> bytes:
-        raise AssertionError("a stream with a descriptor is spliced")
-
-    async def delivered(self) -> None:
-        await trio.lowlevel.checkpoint()
-
-    async def aclose(self) -> None:
-        trio.lowlevel.notify_closing(self._sock)
-        self._sock.close()
-        await trio.lowlevel.checkpoint()
-
-
-class RpcReader:
-    """A guest stream read call by call."""
-
-    fd = None
-
-    def __init__(self) -> None:
-        self.send, self.receive = trio.open_memory_channel[bytes](100)
-
-    async def read(self, limit: int) -> bytes:
-        try:
-            return await self.receive.receive()
-        except trio.EndOfChannel:
-            return b""
-
-    async def delivered(self) -> None:
-        """A call returns what there is."""
-
-    async def aclose(self) -> None:
-        self.receive.close()
-
-
-class Collector:
-    """A guest's stdin."""
-
-    def __init__(self, *, refuse: bool = False) -> None:
-        self.data = b""
-        self.ended = trio.Event()
-        self.grew = trio.Event()
-        self._refuse = refuse
-
-    async def write(self, data: bytes) -> None:
-        if self._refuse:
-            raise trio.BrokenResourceError
-        self.data += data
-        self.grew.set()
-        self.grew = trio.Event()
-
-    async def aclose(self) -> None:
-        self.ended.set()
-
-    async def until(self, wanted: bytes) -> None:
-        while self.data != wanted:
-            await self.grew.wait()
+pytestmark = pytest.mark.usefixtures("nothing_left_open")
 
 
 @pytest.fixture
@@ -94,53 +36,6 @@ def fifo(tmp_path: Path) -> Callable[[str], Path]:
         return tmp_path / name
 
     return make
-
-
-@pytest.fixture(autouse=True)
-def nothing_left_open() -> object:
-    before = set(os.listdir("/proc/self/fd"))
-    yield
-    left = set(os.listdir("/proc/self/fd")) - before
-    assert len(left) <= 1, {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in left if fd != "x"}
-
-
-def make(stdin: str = "", stdout: str = "", stderr: str = "", *, terminal: bool = False) -> Stdio:
-    return Stdio(
-        stdin=stdin,
-        stdout=stdout,
-        stderr=stderr,
-        terminal=terminal,
-        container_id="web",
-        namespace="default",
-    )
-
-
-def guest_stream() -> tuple[socket.socket, SocketReader]:
-    guest, host = socket.socketpair()
-    guest.setblocking(False)
-    return guest, SocketReader(host)
-
-
-async def send(guest: socket.socket, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[guest.send(view) :]
-        except BlockingIOError:
-            await trio.lowlevel.wait_writable(guest)
-
-
-async def receive(fd: int, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        try:
-            chunk = os.read(fd, size - len(data))
-        except BlockingIOError:
-            await trio.lowlevel.wait_readable(fd)
-            continue
-        assert chunk, "end of the fifo"
-        data += chunk
-    return data
 
 
 async def test_output_reaches_each_fifo_and_ends_with_the_stream(fifo) -> None:
@@ -522,101 +417,3 @@ async def test_the_fifo_is_enlarged(fifo) -> None:
     sink = endpoints.open_sink(str(path))
     assert fcntl.fcntl(sink.fd, fcntl.F_GETPIPE_SZ) >= 65536
     sink.close()
-
-
-LOGGER = """
-import os, signal, sys
-mode, target = sys.argv[2], sys.argv[4]
-if mode == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if mode == "term":
-    signal.signal(signal.SIGTERM, lambda *_: (open(target, "a").write("term"), sys.exit()))
-if mode == "crash":
-    sys.exit(3)
-with open(target, "w") as log:
-    log.write(repr((sys.argv[1:], os.environ["CONTAINER_ID"], os.environ["CONTAINER_NAMESPACE"],
-                    sorted(map(int, os.listdir("/proc/self/fd")))[:6])) + "\\n")
-    log.flush()
-    if mode == "byte":
-        os.write(5, b"1")
-    os.close(5)
-    if mode in ("stubborn", "term"):
-        signal.pause(); signal.pause()
-    for fd in (3, 4):
-        while data := os.read(fd, 65536):
-            log.write(f"{fd}:{data.decode()}\\n")
-"""
-
-
-@pytest.fixture
-def logger(tmp_path: Path) -> Callable[..., str]:
-    program = tmp_path / "logger"
-    program.write_text(f"#!{sys.executable} -IS\n{LOGGER}")
-    program.chmod(0o755)
-
-    def uri(mode: str, scheme: str = "binary") -> str:
-        return f"{scheme}://{program}?mode={mode}&target={tmp_path}/log"
-
-    return uri
-
-
-@pytest.mark.parametrize(("scheme", "mode"), [("binary", "close"), ("binary-v2", "byte")])
-async def test_a_logger_gets_all_and_is_gone(tmp_path: Path, logger, scheme, mode) -> None:
-    uri = logger(mode, scheme)
-    (guest_out, out), (guest_err, err) = guest_stream(), guest_stream()
-    with trio.fail_after(20):
-        async with make(stdout=uri, stderr=uri) as stdio:
-            await stdio.open()
-            assert stdio._logger is not None
-            pid = stdio._logger._process.pid
-            stdio.start(None, out, err)
-            guest_out.send(b"hello")
-            guest_err.send(b"oh")
-            await stdio.drained(timeout=4)
-    guest_out.close()
-    guest_err.close()
-    head, *lines = (tmp_path / "log").read_text().splitlines()
-    assert lines == ["3:hello", "4:oh"]
-    assert f"['mode', '{mode}', 'target', '{tmp_path}/log'], 'web', 'default'" in head
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-
-
-async def test_a_logger_that_does_not_see_the_end_gets_sigterm(tmp_path: Path, logger, monkeypatch):
-    monkeypatch.setattr("shimv2.logger_binary._FLUSH_LIMIT", 0.2)
-    with trio.fail_after(20):
-        async with make(stdout=logger("term")) as stdio:
-            await stdio.open()
-    assert (tmp_path / "log").read_text().endswith("term")
-
-
-async def test_a_stubborn_logger_is_killed(logger, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("shimv2.logger_binary._FLUSH_LIMIT", 0.1)
-    monkeypatch.setattr("shimv2.logger_binary._TERM_LIMIT", 0.2)
-    with trio.fail_after(20):
-        async with make(stdout=logger("stubborn")) as stdio:
-            await stdio.open()
-    assert "did not end" in caplog.text
-
-
-async def test_loggers_that_fail(logger, tmp_path: Path) -> None:
-    async with make(stdout=logger("crash", "binary-v2")) as stdio:
-        with pytest.raises(StdioError, match="before it was ready"):
-            await stdio.open()
-    async with make(stdout="binary:///no/such/logger?a=b") as stdio:
-        with pytest.raises(StdioError, match="/no/such/logger"):
-            await stdio.open()
-
-
-async def test_a_logger_that_dies_does_not_stop_the_process(logger, caplog) -> None:
-    guest, reader = guest_stream()
-    async with make(stdout=logger("close")) as stdio:
-        await stdio.open()
-        assert stdio._logger is not None
-        stdio._logger._process.kill()
-        await stdio._logger._process.wait()
-        stdio.start(None, reader, None)
-        with trio.fail_after(10):
-            await send(guest, bytes(4 << 20))
-    guest.close()
-    assert "is lost" in caplog.text
