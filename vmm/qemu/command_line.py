@@ -132,8 +132,8 @@ def _accelerator(boot: Boot) -> str:
 
 
 def _cpu(boot: Boot) -> str:
-    # With ERMS the guest's kernel copies by `rep movsb`, which TCG executes byte by byte.
-    model = "host" if boot.accelerator is Accelerator.KVM else "max,-erms"
+    # With ERMS (QEMU 8.1: also FSRM) the kernel copies by `rep movsb`, which TCG does byte by byte.
+    model = "host" if boot.accelerator is Accelerator.KVM else "max,-erms,-fsrm"
     features = boot.config.cpu_features.strip(",")
     return f"{model},{features}" if features else model
 

@@ -78,7 +78,7 @@ def test_variants() -> None:
     assert options(kvm, "-smp") == ["1,sockets=4,cores=1,threads=1,maxcpus=4"]
     assert "maxcpus" not in options(kvm, "-append")[0]
     config = replace(CONFIG, cpu_features="pmu=off", seccomp="off", max_memory_mib=2048)
-    assert options(build(config), "-cpu") == ["max,-erms,pmu=off"]
+    assert options(build(config), "-cpu") == ["max,-erms,-fsrm,pmu=off"]
     assert options(build(config), "-sandbox") == ["off"]
     assert options(build(config), "-m") == ["2048M"]
     elastic = replace(CONFIG, virtio_mem=True, memory_slots=0)

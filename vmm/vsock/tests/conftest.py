@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from vmm.vsock import VhostUserChannel
+from vmm.vsock import VhostUserChannel, VsockConnection, wire
 from vmm.vsock.tests.guest_model import SERVICES, Guest, Packet, RingDriver
 
 
@@ -107,3 +107,19 @@ async def read_all(stream: trio.abc.ReceiveStream) -> bytes:
     while part := await stream.receive_some(65536):
         data += part
     return bytes(data)
+
+
+async def accepted(rig: Rig, port: int = 7) -> tuple[VsockConnection, int]:
+    """A connection that the bare driver has accepted; and its host port."""
+    made: list[VsockConnection] = []
+
+    async def connect() -> None:
+        made.append(await rig.channel.connect(port))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connect)
+        (request,) = await rig.packets()
+        assert request.op == wire.OP_REQUEST
+        rig.driver.send(Packet(wire.OP_RESPONSE, port, request.host_port))
+    assert made[0].host_port == request.host_port
+    return made[0], request.host_port
