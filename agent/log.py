@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's log: one line a message on the guest's console, which the host's shim copies."""
+"""The agent's log: one line a message on the guest's console, which the host's shim copies.
+
+With `agent.log_vport` each message goes to that port as well (`agent.log_port`).
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from agent.log_port import LogPort
+
 LEVELS = {"trace": 0, "debug": 1, "info": 2, "warning": 3, "error": 4, "critical": 5}
 _LINE_LIMIT = 2000  # characters; the shim cuts there too
+
+port: LogPort | None = None  # gets each message, too
 
 _threshold = LEVELS["info"]
 
@@ -51,6 +58,8 @@ def exception(raised: BaseException) -> None:
 def _write(level: str, message: str, fields: dict[str, Any]) -> None:
     if LEVELS[level] < _threshold:
         return
+    if port is not None:
+        port.add(level, message[:_LINE_LIMIT], fields)
     extra = "".join(f" {name}={value}" for name, value in fields.items())
     line = f"agent {time.monotonic():.3f} {level}: {message}{extra}"[:_LINE_LIMIT]
     try:

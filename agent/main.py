@@ -67,6 +67,10 @@ def start_guest() -> AgentConfig:
     config = cmdline.load()
     warnings = init.early(config)
     log.set_level(config.log)
+    if config.log_vport:
+        from agent.log_port import LogPort
+
+        log.port = LogPort()
     for warning in (*config.warnings, *warnings):
         log.warning(warning)
     return config
@@ -101,6 +105,8 @@ class Agent:
         if scheme == "unix":
             self.server.listen(_unix_listener(rest))
             return
+        if log.port is not None:
+            log.port.listen(_vsock_listener(config.log_vport), self.loop)
         self.server.listen(_vsock_listener(int(rest.rpartition(":")[2])))
         if config.passfd_listener_port:
             listener = _vsock_listener(config.passfd_listener_port)
