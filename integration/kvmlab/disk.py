@@ -99,8 +99,12 @@ def build(release: Release, cache: Path, progress: Progress) -> Disk:
 def _make(
     release: Release, archive: sources.Archive, cache: Path, folder: Path, progress: Progress
 ) -> None:
-    (cache / "work").mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache / "work", prefix="kvmlab-") as scratch:
+    # Not in the cache's "work", which a build of a kernel empties.
+    prefix = f"making-{folder.name}-"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f"{prefix}*"):  # by a build that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
         root, made = Path(scratch, "root"), Path(scratch, "made")
         made.mkdir()
         with progress.step(f"lab: {len(release.packages)} packages of {release.suite}"):
@@ -114,7 +118,6 @@ def _make(
                 file.truncate(release.size_mib << 20)
             options = ["-t", "ext4", "-q", "-F", "-O", "^has_journal,^metadata_csum"]
             run(["/sbin/mke2fs", *options, "-d", root, image])
-        folder.parent.mkdir(parents=True, exist_ok=True)
         made.rename(folder)
 
 

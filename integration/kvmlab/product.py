@@ -48,7 +48,7 @@ def pack(release: Release, cache: Path, target: Path, progress: Progress) -> Pat
     site = _site(release, cache, progress)
     with (
         progress.step("lab: this tree as a disk"),
-        tempfile.TemporaryDirectory(dir=cache / "work", prefix="product-") as scratch,
+        tempfile.TemporaryDirectory(dir=cache / "kvmlab", prefix="product-") as scratch,
     ):
         stage = Path(scratch)
         for name in _tracked():
