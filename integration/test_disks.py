@@ -7,7 +7,6 @@ clones of a template, but for the one with SCSI disks.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,14 @@ import pytest
 from integration.conftest import edition_named
 from integration.lib.bundles import spec, unpack_busybox, write
 from integration.lib.containerd import RUNTIME, Containerd, CtrError
-from integration.lib.disks import ext4, loop_device, mounted
+from integration.lib.disks import (
+    direct_volume,
+    ext4,
+    loop_device,
+    mounted,
+    record,
+    total_bytes,
+)
 from integration.lib.images import Image, busybox_layer, layer_of, oci_archive
 from integration.lib.kata import Kata, wait_until
 from integration.lib.leftovers import left_by
@@ -152,7 +158,14 @@ def test_an_image_of_which_only_the_directories_are_merged(
     (tree / "merged").write_text("yes")
     data, metadata = tmp_path / "data", tmp_path / "metadata"
     data.touch()
-    make = ["mkfs.erofs", "--quiet", "--chunksize=4096", f"--blobdev={data}", metadata, tree]
+    make = [
+        "mkfs.erofs",
+        "--quiet",
+        "--chunksize=4096",
+        f"--blobdev={data}",
+        str(metadata),
+        str(tree),
+    ]
     subprocess.run(make, check=True, capture_output=True)
     shutil.copy(data, snapshot / "layer.erofs")
     shutil.copy(metadata, snapshot / "fsmeta.erofs")
@@ -171,7 +184,8 @@ def test_a_block_device_of_a_container(disks: Kata, tmp_path: Path) -> None:
         "echo written | dd of=/dev/xvda bs=4096 seek=1 conv=fsync 2>/dev/null; "
         "mknod /dev/root b 254 0; cat /dev/root; "  # the guest's own: the rules forbid it
         "grep vdb$ /proc/partitions; stat -c %t:%T /dev/xvda; "
-        "cat $(find /sys/fs/cgroup -name io.max); exit 0"
+        "cat $(find /sys/fs/cgroup -name io.max); cat /proc/uptime; "
+        "dd if=/dev/xvda of=/dev/null bs=4096 count=300 iflag=direct; cat /proc/uptime; exit 0"
     )
     with loop_device(image) as device:
         number = os.stat(device).st_rdev
@@ -205,6 +219,8 @@ def test_a_block_device_of_a_container(disks: Kata, tmp_path: Path) -> None:
     assert "4096 vdb" in done.stdout
     assert "fe:10" in done.stdout, "the guest's numbers"
     assert "riops=123" in done.stdout
+    before, after = (float(line.split()[0]) for line in done.stdout.splitlines()[-2:])
+    assert after - before > 1.8, "300 reads at 123 a second"
     assert "can't open '/dev/root': Operation not permitted" in done.stderr
     assert image.read_bytes()[4096:4103] == b"written"
 
@@ -244,31 +260,28 @@ def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> No
 
 
 def test_a_guest_with_which_nothing_is_shared(disks: Kata, prefix: Path, tmp_path: Path) -> None:
-    none = _configured(prefix, tmp_path, '[hypervisor.qemu]\nshared_fs = "none"\n')
+    """Its root is a virtio-blk disk, limited by the VMM."""
+    limit = "disk_rate_limiter_ops_max_rate = 150\n"
+    none = _configured(prefix, tmp_path, f'[hypervisor.qemu]\nshared_fs = "none"\n{limit}')
     volume = tmp_path / "volume"
     (volume / "sub").mkdir(parents=True)
     (volume / "sub/file").write_text("copied")
     mount = ("--mount", f"type=bind,src={volume},dst=/data,options=rbind:rw")
+    script = (
+        "cat /data/sub/file; touch /data/new; grep -c virtiofs /proc/mounts; cat /proc/uptime; "
+        "dd if=/bin/busybox of=/dev/null bs=4096 count=400 iflag=direct; cat /proc/uptime"
+    )
     done = disks.run(
-        *("sh", "-c", "cat /data/sub/file; touch /data/new; grep -c virtiofs /proc/mounts"),
+        *("sh", "-c", script),
         flags=(*none, "--snapshotter", "blockfile", *mount),
         check=False,
     )
-    assert done.stdout == "copied0\n"
+    said, before, after = done.stdout.splitlines()
+    assert said == "copied0"
+    assert float(after.split()[0]) - float(before.split()[0]) > 2, "400 reads at 150 a second"
     assert not (volume / "new").exists()
     with pytest.raises(CtrError, match=r"is no disk.*shared_fs"):
         disks.run("true", flags=none)
-
-
-def _direct_volume(prefix: Path, *words: str) -> str:
-    command = [prefix / "bin/kata-runtime", "direct-volume", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def _record(device: Path | str, **more: object) -> str:
-    return json.dumps({"volume-type": "block", "device": str(device), "fstype": "ext4"} | more)
 
 
 def test_a_direct_volume(disks: Kata, prefix: Path, tmp_path: Path) -> None:
@@ -276,8 +289,8 @@ def test_a_direct_volume(disks: Kata, prefix: Path, tmp_path: Path) -> None:
     volume.mkdir()
     image = ext4(tmp_path / "image", 16 * _MIB)
     path = ("--volume-path", str(volume))
-    info = _record(image, metadata={"fsGroup": "1234"}, options=["noatime"])
-    _direct_volume(prefix, "add", *path, "--mount-info", info)
+    info = record(image, metadata={"fsGroup": "1234"}, options=["noatime"])
+    direct_volume(prefix, "add", *path, "--mount-info", info)
     try:
         mount = ("--mount", f"type=bind,src={volume},dst=/data,options=rbind:rw")
         container = disks.start("sleep", "1000", flags=mount)
@@ -286,23 +299,17 @@ def test_a_direct_volume(disks: Kata, prefix: Path, tmp_path: Path) -> None:
         assert "noatime" in disks.execute(container, "grep", " /data ", "/proc/mounts").stdout
         assert list(volume.iterdir()) == [], "the host has not mounted it"
 
-        def total() -> int:
-            figures = json.loads(_direct_volume(prefix, "stats", *path))
-            size, inodes = figures["usage"]
-            assert (size["unit"], inodes["unit"]) == (1, 2)
-            return int(size["total"])
-
-        before = total()
+        before = total_bytes(prefix, volume)
         assert 8 * _MIB < before < 16 * _MIB
         with image.open("r+b") as file:
             file.truncate(48 * _MIB)
-        _direct_volume(prefix, "resize", *path, "--size", str(48 * _MIB))
-        assert total() > before + 24 * _MIB
+        direct_volume(prefix, "resize", *path, "--size", str(48 * _MIB))
+        assert total_bytes(prefix, volume) > before + 24 * _MIB
         disks.ctr("task", "kill", "-s", "9", container)
         wait_until(lambda: disks.status(container) == "STOPPED", 10, "it has ended")
         disks.delete(container)
     finally:
-        _direct_volume(prefix, "remove", *path)
+        direct_volume(prefix, "remove", *path)
     with mounted(image, tmp_path / "m", "-o", "ro,loop") as point:
         assert (point / "file").read_text() == "in the guest\n"
 
@@ -315,7 +322,7 @@ def test_more_disks_than_places(disks: Kata, tmp_path: Path) -> None:
             image = tmp_path / f"image{number}"
             image.write_bytes(bytes(_MIB))
             volume.mkdir()
-            direct_volumes.add(str(volume), _record(image))
+            direct_volumes.add(str(volume), record(image))
             flags += ("--mount", f"type=bind,src={volume},dst=/v{number},options=rbind:rw")
         with disks.pod() as pod:
             with pytest.raises(CtrError, match=r"no PCI slot left.*virtio-scsi"):

@@ -19,7 +19,7 @@ packages=(
 if [ "${2:-}" = test ]; then
   packages+=(
     crun            # the agent's tests run it on the host
-    e2fsprogs       # the disk of the KVM lab
+    e2fsprogs xfsprogs  # disks of the tests and of the KVM lab
     gcc libc6-dev   # small programs that the tests run in containers
     containernetworking-plugins iptables  # networks of the pods in the tests
   )
