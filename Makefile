@@ -117,7 +117,7 @@ soak: go venv guest stage ## many pods, thousands of execs, and what is left of 
 bench: go venv guest stage ## the tables of figures, beside runc's (long; wants a quiet host)
 	$(BIN)/python -m integration.bench $(BENCH)
 	for kind in cold template cache; do $(BIN)/python -m integration.bench.density --kind $$kind || exit 1; done
-	$(BIN)/python -m integration.bench.loss --cache never always
+	$(BIN)/python -m integration.bench.loss
 	$(BIN)/python -m integration.bench.guests
 
 proto: ## Python from the .proto files

@@ -2,7 +2,8 @@
 // One piece of work a call, for about SECONDS; prints how much of it was done in a second.
 //
 //   work int|float|copy|chase|syscall|switch|fork SECONDS
-//   work write|read|read-random|write-random SECONDS FILE
+//   work write|read SECONDS FILE                  all of it
+//   work read-random|write-random SECONDS FILE AT-ONCE
 //   work serve                                    echo on port 7, discard on 9, chargen on 19
 //   work requests|send|receive SECONDS ADDRESS CONNECTIONS
 #define _GNU_SOURCE
@@ -144,28 +145,60 @@ static double switch_rate(void) {
     return found;
 }
 
-static double file_rate(const char *kind, const char *path) {
+static int open_file(const char *path) {
     int fd = open(path, O_RDWR | O_CREAT, 0600);
     if (fd < 0) fail(path);
-    uint64_t state = 88172645463325252UL;
-    unsigned long size = 0, calls = 0;
-    int random = strstr(kind, "random") != 0;
     // What this kernel has cached is not the disk; whoever asks empties the host's cache.
     posix_fadvise(fd, 0, 0, POSIX_FADV_DONTNEED);
-    if (random) posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+    return fd;
+}
+
+static void move(int fd, int writes, off_t at, size_t size) {
+    ssize_t done = writes ? pwrite(fd, buffer, size, at) : pread(fd, buffer, size, at);
+    if (done != (ssize_t)size) fail("file");
+}
+
+static double sequential_rate(int writes, const char *path) {
+    int fd = open_file(path);
     double start = now();
-    while (random ? now() - start < limit : size < FILE_SIZE) {
-        off_t at = random ? (off_t)(next_random(&state) % (FILE_SIZE / PAGE) * PAGE) : (off_t)size;
-        size_t step = random ? PAGE : CHUNK;
-        ssize_t done = kind[0] == 'w' ? pwrite(fd, buffer, step, at) : pread(fd, buffer, step, at);
-        if (done != (ssize_t)step) fail(path);
-        if (random && kind[0] == 'w' && fdatasync(fd)) fail("fdatasync");
-        size += step;
+    for (unsigned long at = 0; at < FILE_SIZE; at += CHUNK) move(fd, writes, at, CHUNK);
+    if (writes && fsync(fd)) fail("fsync");
+    return FILE_SIZE / (now() - start) / 1e6;
+}
+
+// Pages of `count`, a power of two, that begin at `first`, until the time is over or none is left.
+static double random_rate(int writes, const char *path, unsigned long first, unsigned long count) {
+    int fd = open_file(path);
+    posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM);
+    unsigned long page = count / 3, calls = 0;
+    double start = now();
+    while (calls < count && now() - start < limit) {
+        page = (page * 1664525 + 1013904223) % count; // of full period: no page comes twice
+        move(fd, writes, (first + page) * PAGE, PAGE);
+        if (writes && fdatasync(fd)) fail("fdatasync");
         calls++;
     }
-    if (kind[0] == 'w' && fsync(fd)) fail("fsync");
-    double seconds = now() - start;
-    return random ? calls / seconds : size / seconds / 1e6;
+    return calls / (now() - start);
+}
+
+// Each of `at_once` processes, a power of two, has its own part of the file.
+static double parallel_rate(int writes, const char *path, int at_once) {
+    int results[2];
+    double sum = 0, found;
+    unsigned long count = FILE_SIZE / PAGE / at_once;
+    if (pipe(results)) fail("pipe");
+    for (int i = 0; i < at_once; i++) {
+        pid_t pid = fork();
+        if (pid < 0) fail("fork");
+        if (pid) continue;
+        found = random_rate(writes, path, i * count, count);
+        _exit(write(results[1], &found, sizeof found) != sizeof found);
+    }
+    close(results[1]);
+    for (int i = 0; i < at_once; i++, sum += found)
+        if (read(results[0], &found, sizeof found) != sizeof found) fail("a process");
+    while (wait(0) > 0) continue;
+    return sum;
 }
 
 static int listen_on(int port) {
@@ -281,7 +314,10 @@ int main(int argc, char **argv) {
     else if (!strcmp(kind, "requests")) found = request_rate(place, argc > 4 ? atoi(argv[4]) : 1);
     else if (!strcmp(kind, "send")) found = stream_rate(place, 9);
     else if (!strcmp(kind, "receive")) found = stream_rate(place, 19);
-    else if (!strncmp(kind, "read", 4) || !strncmp(kind, "write", 5)) found = file_rate(kind, place);
+    else if (!strcmp(kind, "read") || !strcmp(kind, "write"))
+        found = sequential_rate(kind[0] == 'w', place);
+    else if (!strcmp(kind, "read-random") || !strcmp(kind, "write-random"))
+        found = parallel_rate(kind[0] == 'w', place, argc > 4 ? atoi(argv[4]) : 1);
     if (found < 0) {
         fprintf(stderr, "work: unknown work '%s'\n", kind);
         return 2;
