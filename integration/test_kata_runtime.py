@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from integration.lib.kata import Kata
+from shimv2.runtime_cli.console import connect
 
 
 @pytest.fixture
@@ -50,6 +51,24 @@ def test_exec_without_a_console_says_how_to_get_one(kata: Kata, kata_runtime: Pa
     )
     assert done.returncode == 1
     assert b"debug_console_enabled = true" in done.stderr
+
+
+@pytest.mark.one_edition
+def test_the_agent_s_log_comes_by_the_port_it_was_told(kata: Kata, with_console: Path) -> None:
+    drop_in = with_console.parent / "config.d/log.toml"
+    drop_in.write_text(
+        '[hypervisor.qemu]\nkernel_params = "agent.log_vport=1025"\n'
+        "[factory]\nenable_template = false\n"
+    )
+    container = kata.start("sleep", "1000", flags=("--runtime-config-path", with_console))
+    stream, first = connect(Path("/run/vc/vm", container, "hybrid.sock"), 1025)
+    with stream:
+        stream.settimeout(30)
+        while b"\n" not in first:
+            first += stream.recv(4096)
+        line = json.loads(first.splitlines()[0])
+        assert (line["level"], line["source"]) == ("INFO", "agent")
+        assert line["msg"] == "listening"
 
 
 def test_list_shows_a_sandbox_while_it_lives(kata: Kata, kata_runtime: Path) -> None:

@@ -93,10 +93,29 @@ class TestHooks:
         assert "slow" in done.stderr
 
     def test_guest_hooks_run_in_the_guest(self, runner: Runner) -> None:
-        hook = {"path": "/bin/sh", "args": ["sh", "-c", "uname -r > /hooked"]}
-        done = runner.run("sh", "-c", "cat /hooked; uname -r", hooks={"startContainer": [hook]})
-        one, two = done.stdout.split()
-        assert one == two
+        # createContainer: a program of the guest's image; startContainer: one of the container's.
+        script = (
+            r"s=$(cat); s=${s#*\"bundle\":\"}; id=${s%%\"*}; id=${id##*/}; "
+            "uname -r > /run/kata-containers/shared/containers/$id/rootfs/created"
+        )
+        created = {"path": "/bin/sh", "args": ["sh", "-c", script]}
+        started = {"path": "/bin/busybox", "args": ["sh", "-c", "uname -r > /started"]}
+        done = runner.run(
+            *("sh", "-c", "cat /created /started; uname -r"),
+            hooks={"createContainer": [created], "startContainer": [started]},
+        )
+        releases = done.stdout.split()
+        assert len(releases) == 3
+        assert set(releases) == {releases[-1]}
+
+    @pytest.mark.parametrize("kind", ["createContainer", "startContainer"])
+    @pytest.mark.one_edition
+    def test_a_failing_guest_hook_fails_the_start(self, runner: Runner, kind: str) -> None:
+        hook = {"path": "/bin/sh", "args": ["sh", "-c", "exit 3"]}
+        done = runner.run("echo", "ran", hooks={kind: [hook]}, check=False)
+        assert done.returncode != 0
+        assert "hook" in done.stderr
+        assert "ran" not in done.stdout
 
 
 class TestSecurity:
