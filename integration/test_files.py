@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -103,14 +105,35 @@ def test_modes_times_and_holes(kata: Kata, volume: Path) -> None:
     assert stat.S_IMODE((volume / "dir").stat().st_mode) == 0o1777
 
 
-def test_equal_inode_numbers_in_two_containers_are_two_files(kata: Kata) -> None:
+@pytest.fixture
+def twins(tmp_path: Path) -> Iterator[list[Path]]:
+    """Files of two host file systems, alike in inode number, not in what they hold."""
+    files = []
+    try:
+        for name in ("one", "two"):
+            directory = tmp_path / name
+            directory.mkdir()
+            subprocess.run(["mount", "-t", "tmpfs", "tmpfs", directory], check=True)
+            files.append(directory / "name")
+            files[-1].write_text(f"{name}\n")
+        assert files[0].stat().st_ino == files[1].stat().st_ino
+        yield files
+    finally:
+        for file in files:
+            subprocess.run(["umount", "-l", file.parent], check=True)
+
+
+def test_equal_inode_numbers_are_two_files(kata: Kata, twins: list[Path]) -> None:
+    """In two containers, and in one that has both."""
+    volumes = [bind(file.parent, f"/{file.parent.name}") for file in twins]
     with kata.pod() as pod:
-        one = pod.start("sh", "-c", "echo one > /name; sleep 1000")
-        two = pod.start("sh", "-c", "echo two > /name; sleep 1000")
-        # /bin/busybox is the same file of the image, so its inode may well be equal.
-        inodes = [kata.execute(c, "stat", "-c", "%i", "/bin/busybox").stdout for c in (one, two)]
-        assert all(inodes)
-        assert kata.execute(one, "cat", "/name").stdout == "one\n"
-        assert kata.execute(two, "cat", "/name").stdout == "two\n"
-        kata.execute(one, "sh", "-c", "echo changed > /etc/passwd")
-        assert "root" in kata.execute(two, "cat", "/etc/passwd").stdout
+        one = pod.start("sleep", "1000", flags=volumes[0])
+        two = pod.start("sleep", "1000", flags=volumes[1])
+        both = pod.start("sleep", "1000", flags=(*volumes[0], *volumes[1]))
+        assert kata.execute(one, "cat", "/one/name").stdout == "one\n"
+        assert kata.execute(two, "cat", "/two/name").stdout == "two\n"
+        seen = kata.execute(both, "stat", "-c", "%d:%i", "/one/name", "/two/name").stdout.split()
+        assert len(set(seen)) == 2, "programs take them for one file"
+        kata.execute(one, "sh", "-c", "echo changed > /one/name")
+        assert kata.execute(both, "cat", "/one/name", "/two/name").stdout == "changed\ntwo\n"
+        assert [file.read_text() for file in twins] == ["changed\n", "two\n"]
