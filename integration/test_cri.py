@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -123,6 +124,22 @@ def test_pods_at_once(node: CriNode) -> None:
         list(pool.map(node.remove_pod, pods))
 
 
+@pytest.mark.one_edition
+def test_who_attaches_may_leave_and_come_back(node: CriNode) -> None:
+    script = "while read line; do echo got $line; done"
+    container = node.start_container(node.run_pod(), "sh", "-c", script, stdin=True)
+    for line in (b"one", b"two"):
+        command = [*node.crictl_command(), "attach", "-i", container]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+            assert client.stdin is not None and client.stdout is not None
+            client.stdin.write(line + b"\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == b"got " + line + b"\n"
+            client.kill()
+    assert state(node, container) == _RUNNING
+    assert node.logs(container) == "got one\ngot two\n"
+
+
 def test_execs_leave_nothing(node: CriNode) -> None:
     pod = node.run_pod()
     container = node.start_container(pod, "sleep", "1000")
@@ -132,6 +149,10 @@ def test_execs_leave_nothing(node: CriNode) -> None:
     before = [len(os.listdir(f"/proc/{pid}/fd")) for pid in (shim, vmm)]
     for _ in range(20):
         node.crictl("exec", "-s", container, "true")
+    # A probe that takes too long.
+    with pytest.raises(CrictlError, match="DeadlineExceeded"):
+        node.crictl("exec", "-s", "--timeout", "1", container, "sleep", "4321")
+    assert "4321" not in node.execute(container, "ps")
     wait_until(
         lambda: [len(os.listdir(f"/proc/{pid}/fd")) for pid in (shim, vmm)] == before,
         5,

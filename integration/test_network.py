@@ -25,7 +25,7 @@ from integration.lib.containerd import RUNTIME
 from integration.lib.cri import CriNode
 from integration.lib.host_network import call_in
 from integration.lib.images import BUSYBOX_REFERENCE, busybox_image
-from integration.lib.kata import wait_until
+from integration.lib.kata import Kata, wait_until
 from integration.lib.leftovers import left_by
 
 _MANY = 100 << 20  # bytes of a large transfer
@@ -288,7 +288,7 @@ def test_mtu(mtu: int, prefix: Path) -> None:
         echo = Echo(node)
         assert f"mtu {mtu}" in echo.run("ip", "link", "show", "eth0")
         assert _links(node.netns(echo.pod))[_tap(node, echo)]["mtu"] == mtu
-        # 28 bytes are the headers: one byte more than fits, unfragmented, must not get through.
+        # As much as fits in one frame: 28 bytes are the headers.
         echo.run("ping", "-c", "1", "-s", str(mtu - 28), cni.GATEWAY_4)
         with connect(node, echo.ipv4) as connection:
             round_trip(connection, 16 << 20)
@@ -339,21 +339,64 @@ def test_model(model: str, prefix: Path, tmp_path: Path) -> None:
         assert not node.clean()
 
 
+@pytest.mark.one_edition
+def test_the_host_s_own_network(kata: Kata) -> None:
+    """Refused; a spec without a namespace, as `hostNetwork` makes it, gets an empty one."""
+    own = f"network:/proc/{os.getpid()}/ns/net"
+    done = kata.run("true", flags=("--with-ns", own), check=False)
+    assert done.returncode
+    assert "is the host's own; a sandbox can't share it" in done.stderr
+    before = _links(Path("/proc/self/ns/net")).keys()
+    container = kata.start("sleep", "1000", flags=("--net-host",))
+    links = kata.execute(container, "ip", "-o", "link").stdout.splitlines()
+    assert [line.split()[1] for line in links] == ["lo:"]
+    assert _links(Path("/proc/self/ns/net")).keys() == before
+    log = kata.containerd.last_log_lines(10_000).splitlines()
+    own_lines = [line for line in log if f'sandbox="{container}"' in line]
+    assert sum("no network namespace is given" in line for line in own_lines) == 1
+
+
 def test_rate_limits(prefix: Path, tmp_path: Path) -> None:
+    """Into the VM and out of it, each by itself."""
     configuration = _configuration(
         prefix,
         tmp_path,
-        hypervisor="rx_rate_limiter_max_rate = 16000000\ntx_rate_limiter_max_rate = 16000000",
+        hypervisor="rx_rate_limiter_max_rate = 24000000\ntx_rate_limiter_max_rate = 8000000",
     )
     with CriNode(edition_named("debian"), prefix, configuration=configuration) as node:
-        echo = Echo(node)
-        size = 8 << 20
-        with connect(node, echo.ipv4) as connection:
-            begin = time.monotonic()
-            round_trip(connection, size)
-            rate = size * 8 / (time.monotonic() - begin)
-        assert 8_000_000 < rate < 18_000_000
+        container = node.start_container(node.run_pod(), "sleep", "1000")
+        assert 12_000_000 < _rate(node, container, into=True) < 27_000_000
+        assert 4_000_000 < _rate(node, container, into=False) < 9_000_000
         assert not node.clean()
+
+
+def _rate(node: CriNode, container: str, *, into: bool) -> float:
+    """Bits per second of a connection that the pod makes to the host."""
+    size = 6 << 20 if into else 3 << 20
+    with node.host.call(lambda: socket.create_server((cni.GATEWAY_4, 0))) as server:
+        target = f"{cni.GATEWAY_4} {server.getsockname()[1]}"
+        script = f"nc {target} | wc -c" if into else f"head -c {size} /dev/zero | nc {target}"
+        with subprocess.Popen(
+            [*node.crictl_command(), "exec", container, "sh", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        ) as client:
+            server.settimeout(30)
+            connection, _ = server.accept()
+            begin = time.monotonic()
+            with connection:
+                if into:
+                    connection.sendall(bytes(size))
+                else:
+                    missing = size
+                    while missing:
+                        missing -= len(connection.recv(1 << 18)) or size  # or it ended early
+                        assert missing >= 0
+            # In the one direction nc ends with what it has got, in the other with our end.
+            said = client.communicate(timeout=60)[0]
+            if into:
+                assert int(said) == size
+            return size * 8 / (time.monotonic() - begin)
 
 
 def test_the_bandwidth_plugin(prefix: Path) -> None:

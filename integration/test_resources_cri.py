@@ -81,6 +81,8 @@ def test_a_pod_of_a_fixed_size_has_it_from_the_start(node: CriNode) -> None:
     pod = node.run_pod(handler="kata-static", linux={"resources": resources})
     container = node.start_container(pod, "sleep", "1000", linux=_limits(memory=100))
     assert node.execute(container, "nproc").strip() == "2"
+    queues = node.execute(container, "ls", "/sys/class/net/eth0/queues").split()
+    assert sorted(queues) == ["rx-0", "rx-1", "tx-0", "tx-1"], "one for each vCPU"
     wait_until(lambda: _memory_mib(node, container) >= before + 240, 10, "the memory is up")
     node.crictl("update", "--memory", str(512 * _MIB), container)
     assert before + 240 <= _memory_mib(node, container) <= before + 272

@@ -177,7 +177,9 @@ def _files(v: Volumes) -> None:
     assert v.run(v.two, "cat /dir/from-guest") == "guest\n"
     v.run(v.one, "echo sub > /sub/file")
     assert (directory / "sub/file").read_text() == "sub\n"
-    assert v.run(v.one, "cat /wanted") == "wanted"
+    assert v.run(v.one, "cat /wanted; echo the end > /wanted") == "wanted"
+    # As a kubelet reads what a container says at its end.
+    assert (v.root / "neighbours/wanted").read_text() == "the end\n"
     # Beyond 4 GiB, and nearly all of it a hole.
     v.run(v.one, "echo end | dd of=/dir/large bs=1M seek=5000 2>/dev/null")
     large = (directory / "large").stat()
