@@ -52,11 +52,16 @@ def costs() -> list[density.Cost]:
 
 def test_the_density_table_tells_what_one_more_costs() -> None:
     someone_ended = density.Cost(4, 100.0, 400.0, 12.0, 48.0, -900.0)
-    text = density.report("template", [*costs(), someone_ended], [0.1, 0.2, 0.3], {1: 0.5, 8: 2.0})
-    assert "one more (median): 140.0 MB (MemAvailable: 150.0)" in text
-    assert "shim: 25.0 MB each" in text
-    assert "median 0.200 s" in text
-    assert "8 at once: 2.00 s, 4.0 times one" in text
+    text = density.report(
+        *("template", [*costs(), someone_ended], [0.1, 0.2, 0.3], {1: 0.5, 8: 2.0}, "tcg", 0.25)
+    )
+    assert text.startswith("### Idle sandboxes, template: TCG, ")
+    assert "| 4 | 100 | 400 | 12 | 48 | 560 | 140.0 | -900 |" in text
+    assert "\n| 3 |" not in text, "some of the rows"
+    assert "| one more (median) | 140.0 MB (MemAvailable: 150.0 MB) |" in text
+    assert "| shim, at 4 | 25.0 MB each |" in text
+    assert "(median) | 0.200 s |" in text
+    assert "8 at once | 2.00 s, 4.0 times one |" in text
 
 
 def test_the_density_plot_is_an_svg_that_stays_inside_of_itself() -> None:

@@ -45,7 +45,7 @@ class Workbench:
         self._numbers = itertools.count(1)
 
     def new_id(self) -> str:
-        return f"bench-{next(self._numbers)}"
+        return f"bench-{os.getpid()}-{next(self._numbers)}"
 
     def run(self, runtime: str, *command: str) -> float:
         """Seconds of a whole `ctr run --rm`."""

@@ -32,6 +32,7 @@ from integration.bench.containers import RUNTIMES, Workbench, state
 from integration.bench.starts import vm_cache, wait_full
 from integration.lib.containerd import DEBIAN, Containerd
 from integration.lib.images import BUSYBOX_REFERENCE, busybox_image
+from vmm.accelerator import detect
 
 TREE = Path(__file__).resolve().parent.parent.parent
 _MEMORY_FILE = "/memfd:guest-memory"
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prefix", type=Path, default=TREE / "build/prefix")
     parser.add_argument("--output", type=Path, default=TREE / "build/bench")
     args = parser.parse_args(arguments)
+    begin, load = time.monotonic(), os.getloadavg()[0]
     directory = Path(tempfile.mkdtemp(prefix="density-", dir="/run"))
     waiting = max(args.parallel, default=1) if args.kind == "cache" else 0
     configuration = _configuration(args.prefix, directory, args.kind, waiting)
@@ -98,17 +100,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for count in args.parallel:
                 ready()
                 together[count] = parallel(bench, count)
+                print(f"  {count} at once: {together[count]:.2f} s", file=sys.stderr, flush=True)
             check_kind(containerd.log, args.kind)
     finally:
         subprocess.run([*kata_runtime, "destroy"], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(directory)
-    print(report(args.kind, costs, stops, together))
+    print(report(args.kind, costs, stops, together, detect().accelerator.value, load))
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / f"density-{args.kind}.json").write_text(
         json.dumps({"costs": [asdict(c) for c in costs], "stops": stops, "parallel": together})
     )
     (args.output / f"density-{args.kind}.svg").write_text(plot(args.kind, costs))
-    print(f"in {args.output}: density-{args.kind}.json, density-{args.kind}.svg")
+    print(
+        f"in {args.output}: density-{args.kind}.json, density-{args.kind}.svg;"
+        f" {time.monotonic() - begin:.0f} s",
+        file=sys.stderr,
+    )
     return 0
 
 
@@ -228,30 +235,48 @@ def parallel(bench: Workbench, count: int) -> float:
     return time.monotonic() - start
 
 
-def report(kind: str, costs: list[Cost], stops: list[float], together: dict[int, float]) -> str:
-    """Text tables."""
+def report(
+    kind: str,
+    costs: list[Cost],
+    stops: list[float],
+    together: dict[int, float],
+    accelerator: str,
+    load: float,
+) -> str:
+    """Tables in Markdown below a title that names the accelerator.
+
+    Args:
+        together: how many at once → seconds.
+        load: of the host, before any of it.
+    """
+    shown = {1, 2, 5, *range(10, len(costs), 10), len(costs)}
     lines = [
-        f"idle sandboxes, {kind}, Linux {platform.release()}, {os.cpu_count()} CPUs: MB of all",
-        f"{'n':>4} {'shim':>8} {'VMM':>8} {'virtiofsd':>10} {'unmapped':>9} {'total':>8}"
-        f" {'per one':>8} {'MemAvailable':>13}",
+        f"### Idle sandboxes, {kind}: {accelerator.upper()}, Linux {platform.release()},"
+        f" {os.cpu_count()} CPUs, load {load:.1f} before it",
+        "",
+        "| MB of all | shim | VMM | virtiofsd | unmapped | total | per one | MemAvailable |",
+        f"|{' --: |' * 8}",
     ]
     for c in costs:
-        lines.append(
-            f"{c.sandboxes:4} {c.shim:8.1f} {c.vmm:8.1f} {c.virtiofsd:10.1f} {c.unmapped:9.1f}"
-            f" {c.total:8.1f} {c.total / c.sandboxes:8.1f} {c.available:13.1f}"
-        )
+        if c.sandboxes in shown:
+            parts = (c.shim, c.vmm, c.virtiofsd, c.unmapped, c.total)
+            cells = [str(c.sandboxes), *(f"{part:.0f}" for part in parts)]
+            cells += [f"{c.total / c.sandboxes:.1f}", f"{c.available:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| | |", "| --- | --: |"]
     if len(costs) > 1:
         pairs = list(itertools.pairwise(costs))
         # The middle one of all steps, which others on the host that begin or end don't move.
         total = statistics.median(after.total - c.total for c, after in pairs)
         available = statistics.median(after.available - c.available for c, after in pairs)
-        lines.append(f"one more (median): {total:.1f} MB (MemAvailable: {available:.1f})")
-    lines.append(f"shim: {costs[-1].shim / costs[-1].sandboxes:.1f} MB each of the last row")
-    lines.append(f"stop and remove: median {statistics.median(stops):.3f} s")
+        lines.append(f"| one more (median) | {total:.1f} MB (MemAvailable: {available:.1f} MB) |")
+    last = costs[-1]
+    lines.append(f"| shim, at {last.sandboxes} | {last.shim / last.sandboxes:.1f} MB each |")
+    lines.append(f"| stop and remove (median) | {statistics.median(stops):.3f} s |")
     one = together.get(1)
     for count, seconds in together.items():
-        ratio = f", {seconds / one:.1f} times one" if one else ""
-        lines.append(f"{count} at once: {seconds:.2f} s{ratio}")
+        ratio = f", {seconds / one:.1f} times one" if one and count > 1 else ""
+        lines.append(f"| `ctr run --rm true`, {count} at once | {seconds:.2f} s{ratio} |")
     return "\n".join(lines)
 
 

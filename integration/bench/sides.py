@@ -17,7 +17,7 @@ from pathlib import Path
 
 from integration.bench.containers import RUNTIMES, state
 from integration.lib.containerd import Containerd
-from integration.lib.disks import ext4
+from integration.lib.disks import ext4, record
 from integration.lib.host_network import HostNetwork
 from integration.lib.kata import wait_until
 from integration.lib.templates import without_templates
@@ -138,7 +138,7 @@ def side(
         image: reference of one with the program `work`.
         directory: for configurations and disks.
     """
-    container_id = f"loss-{number}"
+    container_id = f"loss-{os.getpid()}-{number}"
     address = f"10.99.{number}.2"
     flags: list[str | Path] = ["--runtime", RUNTIMES[setup.runtime]]
     with ExitStack() as stack:
@@ -185,8 +185,7 @@ def _volume(own: Path) -> Iterator[Path]:
     disk = ext4(own / "disk", _DISK_SIZE)
     point = own / "v"
     point.mkdir()
-    record = {"volume-type": "block", "device": str(disk), "fstype": "ext4"}
-    direct_volumes.add(str(point), json.dumps(record))
+    direct_volumes.add(str(point), record(disk))
     try:
         yield disk
     finally:
