@@ -2,7 +2,8 @@
 """``containerd-shim-kata-v2``: the command line that containerd calls.
 
 ``start`` answers in a few tens of milliseconds: it binds the socket, forks, prints and
-returns.  All slow imports happen in the child, while containerd connects.
+returns.  All slow imports happen in the child, while containerd connects; or they have happened
+already, in the process that `shimv2.ready` forks a shim from.
 """
 
 from __future__ import annotations
@@ -148,13 +149,15 @@ def _fail(message: str) -> int:
 
 def _start(args: Arguments) -> int:
     try:
-        params = bootstrap.parse_params(bootstrap.read_stdin(), args.id, args.namespace)
+        stdin = bootstrap.read_stdin()
+        params = bootstrap.parse_params(stdin, args.id, args.namespace)
     except ValueError as error:
         raise UsageError(str(error)) from error
     bundle = os.getcwd()
     group = group_of(bundle, args.id)
-    grpc_address = args.address or params.grpc_address or os.environ.get("GRPC_ADDRESS", "")
-    path = bootstrap.socket_path(grpc_address, args.namespace, group, params.socket_dir)
+    path = bootstrap.socket_path(
+        grpc_address(args, params), args.namespace, group, params.socket_dir
+    )
     address = f"unix://{path}"
     if _somebody_listens(path):
         _answer(address, params, bundle)
@@ -162,9 +165,15 @@ def _start(args: Arguments) -> int:
     if group != args.id:
         raise UsageError(f"sandbox {group!r} of container {args.id!r} is not running")
 
-    from shimv2.state import SandboxInUseError, SandboxRecord, claim, remove_sandbox
+    from shimv2.state import (
+        READY_SHIMS,
+        SandboxInUseError,
+        SandboxRecord,
+        claim,
+        remove_sandbox,
+    )
 
-    record = SandboxRecord(args.id, args.namespace, grpc_address, path)
+    record = SandboxRecord(args.id, args.namespace, grpc_address(args, params), path)
     record.add_process("shim", os.getpid())  # replaced below; until then `start` is the owner
     try:
         claim(record)
@@ -175,10 +184,15 @@ def _start(args: Arguments) -> int:
     try:
         listener = _listen(path)
         recorded, recorded_write = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(recorded_write)
-            _serve(args, params, listener, bundle, grpc_address, recorded)
+        if os.path.isdir(READY_SHIMS):
+            from shimv2.ready.hand_over import ready_shim
+
+            pid = ready_shim(sys.argv[1:], stdin, listener, recorded)
+        if not pid:
+            pid = os.fork()
+            if pid == 0:
+                os.close(recorded_write)
+                serve(args, params, listener, recorded)
         os.close(recorded)
         record.add_process("shim", pid)
         record.save()
@@ -267,28 +281,28 @@ def _listen(path: str) -> socket.socket:
     return listener
 
 
-def _serve(
-    args: Arguments,
-    params: bootstrap.Params,
-    listener: socket.socket,
-    bundle: str,
-    grpc_address: str,
-    recorded: int,
+def serve(
+    args: Arguments, params: bootstrap.Params, listener: socket.socket, recorded: int
 ) -> NoReturn:
-    # In the child: containerd reads stdout and stderr of `start` until they close.
+    """Be the shim, in a process of its own whose directory is the bundle.
+
+    Args:
+        recorded: a pipe that has a byte as soon as this process is on record.
+    """
+    # containerd reads stdout and stderr of `start` until they close.
     status = 1
     try:
         os.setsid()
         if not os.read(recorded, 1):  # nobody wrote down whom `delete` has to end
             os._exit(1)
         only_descriptor(listener.fileno())
-        from shimv2.daemon import serve
+        from shimv2.daemon import serve as serve_sandbox
 
-        status = serve(
+        status = serve_sandbox(
             namespace=args.namespace,
             sandbox_id=args.id,
-            bundle=bundle,
-            grpc_address=grpc_address,
+            bundle=os.getcwd(),
+            grpc_address=grpc_address(args, params),
             ttrpc_address=os.environ.get("TTRPC_ADDRESS", "") or params.ttrpc_address,
             options=params.options,
             debug=args.debug or params.debug,
@@ -296,6 +310,11 @@ def _serve(
         )
     finally:
         os._exit(status)  # never back into `start`'s frames
+
+
+def grpc_address(args: Arguments, params: bootstrap.Params) -> str:
+    """Where containerd listens: of its three ways to say so, the first that it used."""
+    return args.address or params.grpc_address or os.environ.get("GRPC_ADDRESS", "")
 
 
 def only_descriptor(fd: int) -> None:

@@ -24,6 +24,8 @@ SANDBOXES = Path("/run/vc/sbs")
 VMS = Path("/run/vc/vm")
 SHARES = Path("/run/kata-containers/shared/sandboxes")
 MANAGEMENT_SOCKET = "shim-monitor.sock"
+READY_SHIMS = "/run/vc/ready-shims"
+"""Sockets by which `start` gets a shim that was made ahead (`shimv2.ready`)."""
 DIRECT_VOLUMES = "/run/kata-containers/shared/direct-volumes"
 """Kata's place for what CSI drivers note of their volumes (`shimv2.direct_volumes`)."""
 

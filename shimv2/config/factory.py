@@ -20,3 +20,9 @@ class FactoryConfig(Section):
     vm_cache_endpoint: str = key(
         "/var/run/kata-containers/cache.sock", "socket of kata-vm-cache", sample=True
     )
+    ready_shims: bool = key(
+        True,
+        "kata-vm-cache also keeps a process that shims are forked from, with all they import",
+        own=True,
+        sample=True,
+    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``kata-vm-cache``: keeps VMs ready, and gives each away once.
+"""``kata-vm-cache``: keeps VMs ready, and gives each away once; keeps shims ready too.
 
 They are clones of the template that went their hot path once more, so that under an emulator it
 is translated, and under KVM its memory is mapped.  They have no vhost-user device and no NIC and
@@ -33,6 +33,7 @@ from shimv2.factory import home, maker
 from shimv2.factory.settle import settle
 from shimv2.factory.templates import Templates, possible, template_key
 from shimv2.guest import Guest
+from shimv2.ready.keeper import keep_ready_shims
 from shimv2.state import vm_dir
 from shimv2.timeline import Timeline
 from shimv2.volumes import sandbox_storages
@@ -327,7 +328,10 @@ async def run(config: Config) -> None:
         home.remove_leftovers(_CGROUP, prefix_of(config))  # of a cache that was killed
         cache = Cache(config)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(cache.run)
+            if config.factory.vm_cache_number:
+                nursery.start_soon(cache.run)
+            if config.factory.ready_shims:
+                nursery.start_soon(keep_ready_shims)
             nursery.start_soon(serve, cache, listener)
             _notify_ready()
             with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
@@ -351,7 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
         description="Keeps VMs ready for sandboxes of this host: as many as vm_cache_number in "
-        "section [factory] of configuration.toml says. Ends by SIGTERM; sandboxes that got "
+        "section [factory] of configuration.toml says; and a process from which shims are forked, "
+        "with all modules loaded (ready_shims). Ends by SIGTERM; sandboxes that got "
         "their VM here live on.",
     )
     parser.add_argument(
@@ -361,9 +366,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         config = load_config(options.config.absolute() if options.config else None)
-        if not config.factory.vm_cache_number:
-            raise VmmError("vm_cache_number in section [factory] is 0: there is nothing to keep")
-        if not possible(config):
+        if not (config.factory.vm_cache_number or config.factory.ready_shims):
+            raise VmmError(
+                "section [factory] has vm_cache_number = 0 and ready_shims = false: there is "
+                "nothing to keep"
+            )
+        if config.factory.vm_cache_number and not possible(config):
             raise VmmError("this configuration (serial vsock or hugepages) has no templates")
         with ungrouped():
             trio.run(run, config)

@@ -115,7 +115,7 @@ def test_a_child_whose_parent_recorded_nothing_does_not_serve(tmp_path, monkeypa
             monkeypatch.setattr("shimv2.daemon.serve", lambda **_: 77)
             args = cli.Arguments(["-namespace", "ns", "-id", "c", "start"])
             params = cli.bootstrap.parse_params(b"", "c", "ns")
-            cli._serve(args, params, listener, str(tmp_path), "", recorded)
+            cli.serve(args, params, listener, recorded)
         _, status = os.waitpid(pid, 0)
     os.close(recorded)
     assert os.waitstatus_to_exitcode(status) == 1

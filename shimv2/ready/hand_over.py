@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``start`` asks for a ready shim: one message each way over a socket of packets.
+
+The request is JSON with two descriptors, the shim's listening socket and the pipe by which
+``start`` tells it that it is on record.  The answer is ``{"pid": PID}``, sent by the shim itself
+once it is as ``start`` would have made it, or ``{"error": TEXT}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+from shimv2.ready import likeness
+from shimv2.state import READY_SHIMS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+ANSWER_LIMIT = 1.0
+"""Seconds for a fork and some system calls; then ``start`` goes on without."""
+MAX_MESSAGE = 192 << 10  # bytes; half of it may be the environment, and sockets take 208 KiB
+_SUN_PATH = 107
+
+
+def socket_path() -> str:
+    """Of this installation's nursery; "" where its path is too long for a socket's.
+
+    The directory that it lies in is the nursery's own.
+    """
+    name = str(likeness.code()[0]).strip("/").replace("/", "-")
+    path = f"{READY_SHIMS}/{name}/sock"
+    return path if len(path) <= _SUN_PATH else ""
+
+
+def ready_shim(argv: list[str], stdin: bytes, listener: socket.socket, recorded: int) -> int:
+    """The pid of a shim that serves `listener` once `recorded` says so; 0 if there is none.
+
+    Args:
+        argv: ``start``'s flags.
+        stdin: what containerd has sent to ``start``.
+        recorded: reading end of a pipe; at its end without a byte the shim ends too.
+    """
+    path = socket_path()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as nursery:
+        nursery.settimeout(ANSWER_LIMIT)
+        try:
+            nursery.connect(path)
+        except OSError:  # the usual case: nobody keeps ready shims here
+            return 0
+        try:
+            request = json.dumps(
+                {
+                    "argv": argv,
+                    "stdin": stdin.decode("latin-1"),
+                    "code": likeness.code(),
+                    "fixed": likeness.fixed(),
+                    "inherited": likeness.inherited(),
+                }
+            ).encode()
+            if len(request) > MAX_MESSAGE:
+                return 0
+            socket.send_fds(nursery, [request], [listener.fileno(), recorded])
+            answer = json.loads(nursery.recv(MAX_MESSAGE))
+            return int(answer.get("pid", 0))
+        except (OSError, ValueError):
+            return 0
+
+
+def receive(peer: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """The request of a ``start``, and its two descriptors.
+
+    Raises:
+        OSError, ValueError: it is none.
+    """
+    data, descriptors, flags, _ = socket.recv_fds(peer, MAX_MESSAGE, 2)
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 2:
+            raise ValueError("not a request for a shim")
+        request = json.loads(data)
+        if not isinstance(request, dict):
+            raise ValueError("a request is a JSON object")
+    except ValueError:
+        for fd in descriptors:
+            os.close(fd)
+        raise
+    return request, descriptors

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a process has from its parent, apart from memory and descriptors.
+
+A ready shim is a child of another process than ``start``.  What can be changed it takes over
+from ``start``; where anything else differs it refuses, and ``start`` forks a shim itself.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
+# Of /proc/self/status: credentials (Groups too), capabilities, seccomp.
+_STATUS = ("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp")
+_CGROUP_ROOT = "/sys/fs/cgroup"
+
+
+class DifferentError(Exception):
+    """The nursery can't make a process as ``start`` would; the message says in what."""
+
+
+def code() -> list[object]:
+    """What tells this installation, and each update of it, from any other."""
+    import sys
+
+    library = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    manifest = os.path.join(library, "MANIFEST.json")  # written anew by each `make install`
+    status = os.stat(manifest if os.path.exists(manifest) else __file__)
+    return [library, status.st_ino, status.st_mtime_ns, sys.executable, sys.version]
+
+
+def fixed() -> dict[str, object]:
+    """What a process can't take over from another: its namespaces, rights and confinement."""
+    found: dict[str, object] = {}
+    for name in _NAMESPACES:
+        try:
+            found[f"{name} namespace"] = os.readlink(f"/proc/self/ns/{name}")
+        except FileNotFoundError:  # a kernel without it
+            found[f"{name} namespace"] = ""
+    with open("/proc/self/status") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name in _STATUS or name.startswith("Cap"):
+                found[name] = value.strip()
+    try:
+        with open("/proc/self/attr/current") as file:
+            found["security label"] = file.read().strip("\0\n")
+    except OSError:  # no security module
+        found["security label"] = ""
+    root = os.stat("/")
+    found["root directory"] = [root.st_dev, root.st_ino]
+    return found
+
+
+def inherited() -> dict[str, Any]:
+    """What ``start`` has and its shim is to have; only values that JSON knows."""
+    mask = os.umask(0)
+    os.umask(mask)
+    with open("/proc/self/oom_score_adj") as file:
+        oom_score_adj = file.read().strip()
+    with open("/proc/self/cgroup") as file:
+        cgroups = file.read()
+    return {
+        "environment": dict(os.environ),
+        "directory": os.getcwd(),
+        "umask": mask,
+        "nice": os.getpriority(os.PRIO_PROCESS, 0),
+        "processors": sorted(os.sched_getaffinity(0)),
+        "oom_score_adj": oom_score_adj,
+        "limits": {str(number): resource.getrlimit(number) for number in _limits()},
+        "cgroups": cgroups,
+    }
+
+
+def take_over(wanted: dict[str, Any]) -> None:
+    """Make this process as `wanted` by `inherited` of another.
+
+    Raises:
+        DifferentError, OSError: it can't be.
+    """
+    _move(wanted["cgroups"])
+    for number, limits in wanted["limits"].items():
+        soft, hard = limits
+        resource.setrlimit(int(number), (soft, hard))
+    os.sched_setaffinity(0, wanted["processors"])
+    os.setpriority(os.PRIO_PROCESS, 0, wanted["nice"])
+    with open("/proc/self/oom_score_adj") as file:
+        same = file.read().strip() == wanted["oom_score_adj"]
+    if not same:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write(wanted["oom_score_adj"])
+    os.umask(wanted["umask"])
+    os.chdir(wanted["directory"])
+    os.environ.clear()
+    os.environ.update(wanted["environment"])
+
+
+def _limits() -> list[int]:
+    return [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
+
+
+def _move(wanted: str) -> None:
+    """Join the cgroups of another process, given as the text of its /proc/PID/cgroup."""
+    with open("/proc/self/cgroup") as file:
+        own = set(file.read().splitlines())
+    for line in wanted.splitlines():
+        if line in own:
+            continue
+        _, controllers, path = line.split(":", 2)
+        for directory in _mounted(controllers):
+            if os.path.isdir(directory):
+                with open(f"{directory}{path}/cgroup.procs", "w") as file:
+                    file.write("0")
+                break
+        else:
+            raise DifferentError(
+                f"no cgroup hierarchy of {controllers or 'version 2'!r} is mounted"
+            )
+
+
+def _mounted(controllers: str) -> list[str]:
+    if not controllers:  # version 2, by itself or beside version 1
+        return [f"{_CGROUP_ROOT}/unified", _CGROUP_ROOT]
+    return [f"{_CGROUP_ROOT}/{controllers.removeprefix('name=')}"]

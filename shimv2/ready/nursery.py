@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that has imported all that a shim needs, and forks one for each ``start``.
+
+It has one thread, never runs trio itself, and ends when its stdin does.  Nothing of a sandbox is
+ever read in it: the fork is made first, and the child reads the request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from shimv2 import cli
+from shimv2.bootstrap import parse_params
+from shimv2.ready import hand_over, likeness
+from shimv2.state import READY_SHIMS
+from shimv2.version import SHIM_BINARY
+
+WARM = (
+    "shimv2.daemon",
+    "shimv2.guest",
+    "shimv2.life",
+    "shimv2.machine",
+    "shimv2.network.pod_network",
+    "vmm.qemu.driver",
+    "vmm.virtiofsd",
+)
+FILLER = "x" * 400
+"""Last argument of the nursery's command line: room for a shim's, which the child writes there."""
+_REQUEST_LIMIT = 5.0  # seconds
+
+
+def main() -> int:
+    """Serve until stdin ends; returns the exit status."""
+    path = hand_over.socket_path()
+    if not path:
+        print(f"the path of this installation is too long: {likeness.code()[0]}", file=sys.stderr)
+        return 1
+    code = likeness.code()
+    for name in WARM:
+        __import__(name)
+    with _only_one(os.path.dirname(path)) as first:
+        if not first:
+            print("another process keeps ready shims of this installation", file=sys.stderr)
+            return 0
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(path)
+            listener.listen(64)
+            signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
+            gc.collect()
+            gc.freeze()  # else the first collection in each child copies all of it
+            _serve(listener, code)
+    return 0
+
+
+@contextlib.contextmanager
+def _only_one(directory: str) -> Iterator[bool]:
+    """Make `directory` ours and empty; False if it is another living process's."""
+    os.makedirs(directory, mode=0o700, exist_ok=True)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            same = os.path.samestat(os.fstat(fd), os.stat(directory))
+        except (BlockingIOError, FileNotFoundError):
+            same = False  # it is in use, or its owner has just taken it away
+        if same:
+            _empty(directory)
+        yield same
+        if same:
+            _empty(directory)
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+                os.rmdir(READY_SHIMS)  # unless another installation has something there
+    finally:
+        os.close(fd)
+
+
+def _empty(directory: str) -> None:
+    for name in os.listdir(directory):
+        os.unlink(f"{directory}/{name}")
+
+
+def _serve(listener: socket.socket, code: list[object]) -> None:
+    while True:
+        readable, _, _ = select.select([listener.fileno(), 0], [], [])
+        if 0 in readable:
+            return
+        peer, _ = listener.accept()
+        with peer:
+            if _user_of(peer) == 0 and os.fork() == 0:
+                _child(peer, code)
+
+
+def _user_of(peer: socket.socket) -> int:
+    credentials = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def _child(peer: socket.socket, code: list[object]) -> None:
+    """Become the shim that `peer` asks for; never returns."""
+    try:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        peer.settimeout(_REQUEST_LIMIT)
+        request, (listener_fd, recorded) = hand_over.receive(peer)
+        try:
+            _compare(request, code)
+            likeness.take_over(request["inherited"])
+        except (likeness.DifferentError, OSError, KeyError, TypeError, ValueError) as error:
+            print(f"no ready shim: {error}", file=sys.stderr, flush=True)
+            peer.send(json.dumps({"error": str(error)}).encode())
+            os._exit(1)
+        argv = [str(word) for word in request["argv"]]
+        _rename(argv)
+        peer.send(json.dumps({"pid": os.getpid()}).encode())
+        args = cli.Arguments(argv)
+        params = parse_params(str(request["stdin"]).encode("latin-1"), args.id, args.namespace)
+        cli.serve(args, params, socket.socket(fileno=listener_fd), recorded)
+    finally:
+        os._exit(1)
+
+
+def _compare(request: dict[str, Any], code: list[object]) -> None:
+    """Raises DifferentError: `start` would make another process than this can become."""
+    if request["code"] != code:
+        raise likeness.DifferentError("this is another version than the one that is installed now")
+    theirs, own = request["fixed"], likeness.fixed()
+    for name in sorted({*theirs, *own}):
+        if theirs.get(name) != own.get(name):
+            raise likeness.DifferentError(
+                f"{name}: {theirs.get(name)!r} of `start` is not {own.get(name)!r}"
+            )
+
+
+def _rename(argv: list[str]) -> None:
+    """Show the shim's command line in /proc/PID/cmdline, as far as there is room."""
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    begin, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: 48 and 49 in proc(5)
+    line = b"\0".join(word.encode() for word in (SHIM_BINARY, *argv))
+    room = end - begin
+    ctypes.memmove(begin, line[: room - 1].ljust(room, b"\0"), room)

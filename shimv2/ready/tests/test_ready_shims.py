@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A real nursery, whose shims tell what they have become instead of serving a sandbox."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shimv2.ready import hand_over, likeness
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the nursery serves root only")
+
+_LIMIT = 20  # seconds, on a busy host
+_NURSERY = """
+import json, os, signal, socket, sys
+import shimv2.state
+shimv2.state.READY_SHIMS = sys.argv[1]
+from shimv2 import cli
+from shimv2.ready import likeness, nursery
+
+def tell(args, params, listener, recorded):
+    if not os.read(recorded, 1):
+        os._exit(1)
+    with listener.accept()[0] as peer:
+        peer.send(json.dumps({
+            "id": args.id,
+            "options": params.options.decode("latin-1"),
+            "inherited": likeness.inherited(),
+            "cmdline": open("/proc/self/cmdline").read().rstrip("\\0").split("\\0"),
+            "child": int(signal.getsignal(signal.SIGCHLD)),
+            "pid": os.getpid(),
+        }).encode())
+    os._exit(0)
+
+cli.serve = tell
+sys.exit(nursery.main())
+"""
+
+
+class Nursery:
+    """Attributes: directory: where its socket lies."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._stderr = directory.with_name("stderr")
+        self._read = 0
+        with self._stderr.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", _NURSERY, directory, "x" * 400],
+                stdin=subprocess.PIPE,
+                stderr=stderr,
+            )
+
+    def wait_ready(self) -> None:
+        while not Path(hand_over.socket_path()).exists():
+            assert self.process.poll() is None, self.said()
+            select.select([], [], [], 0.01)
+
+    def said(self) -> str:
+        """What it wrote since this was asked last."""
+        text = self._stderr.read_text()
+        new, self._read = text[self._read :], len(text)
+        return new
+
+    def end(self) -> int:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.process.wait(_LIMIT)
+
+
+@pytest.fixture
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a nursery of the test's own."""
+    monkeypatch.setattr(hand_over, "READY_SHIMS", str(tmp_path / "ready"))
+    return tmp_path / "ready"
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    nursery = Nursery(tmp_path_factory.mktemp("nursery") / "ready")
+    yield nursery
+    nursery.end()
+
+
+@pytest.fixture
+def nursery(shared: Nursery, monkeypatch: pytest.MonkeyPatch) -> Nursery:
+    monkeypatch.setattr(hand_over, "READY_SHIMS", str(shared.directory))
+    shared.wait_ready()
+    shared.said()
+    return shared
+
+
+class Start:
+    """The part of `start` that asks."""
+
+    def __init__(self, directory: Path) -> None:
+        self.address = directory / "shim.sock"
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(str(self.address))
+        self.listener.listen()
+        self.recorded, self.record = os.pipe()
+
+    def ask(self, stdin: bytes = b"") -> int:
+        argv = ["-namespace", "ns", "-id", "web", "start"]
+        return hand_over.ready_shim(argv, stdin, self.listener, self.recorded)
+
+    def told(self) -> dict[str, Any]:
+        os.write(self.record, b"1")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(_LIMIT)
+            client.connect(str(self.address))
+            found: dict[str, Any] = json.loads(client.recv(1 << 20))
+            return found
+
+    def close(self) -> None:
+        self.listener.close()
+        os.close(self.recorded)
+        os.close(self.record)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    start = Start(tmp_path)
+    yield start
+    start.close()
+
+
+def gone(pid: int) -> None:
+    fd = os.pidfd_open(pid)
+    try:
+        assert select.select([fd], [], [], _LIMIT)[0]
+    finally:
+        os.close(fd)
+
+
+def in_a_child(body: Callable[[], None]) -> None:
+    """Run where what `body` does to its process harms no other test."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            body()
+            os._exit(0)
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_it_is_as_start_would_have_made_it(nursery, start: Start, tmp_path: Path) -> None:
+    def body() -> None:
+        os.chdir(tmp_path)
+        os.umask(0o27)
+        os.nice(3)
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        resource.setrlimit(resource.RLIMIT_NOFILE, (300, 400))
+        os.environ["ONLY_HERE"] = "yes"
+        os.environ.pop("HOME", None)
+        expected = likeness.inherited()
+        pid = start.ask(b"\xff options")
+        assert pid > 0, nursery.said()
+        told = start.told()
+        assert told["pid"] == pid
+        assert told["id"] == "web"
+        assert told["options"].encode("latin-1") == b"\xff options"
+        assert told["inherited"] == json.loads(json.dumps(expected))
+        assert told["cmdline"] == [
+            *("containerd-shim-kata-v2", "-namespace", "ns", "-id", "web", "start")
+        ]
+        assert told["child"] == signal.SIG_DFL
+
+    in_a_child(body)
+
+
+def test_each_start_gets_another_and_the_nursery_reaps_them(nursery, start: Start) -> None:
+    pids = set()
+    for _ in range(3):
+        pids.add(start.ask())
+        assert start.told()["pid"] in pids
+    assert len(pids) == 3
+    children = Path(f"/proc/{nursery.process.pid}/task/{nursery.process.pid}/children")
+    for pid in pids:
+        if Path(f"/proc/{pid}").exists():
+            gone(pid)
+    assert not children.read_text()
+
+
+def test_a_cgroup_of_start_is_its_own_too(nursery, start: Start) -> None:
+    root = next(
+        path
+        for path in (Path("/sys/fs/cgroup/pids"), Path("/sys/fs/cgroup"))
+        if (path / "cgroup.procs").exists()
+    )
+    group = root / f"pykata-test-{os.getpid()}"
+    group.mkdir()
+
+    def body() -> None:
+        (group / "cgroup.procs").write_text("0")
+        pid = start.ask()
+        assert pid > 0, nursery.said()
+        assert group.name in start.told()["inherited"]["cgroups"]
+        gone_or_never(pid)
+
+    def gone_or_never(pid: int) -> None:
+        if Path(f"/proc/{pid}").exists():
+            gone(pid)
+
+    try:
+        in_a_child(body)
+    finally:
+        group.rmdir()
+
+
+def test_a_shim_that_nobody_records_ends(nursery, tmp_path: Path) -> None:
+    start = Start(tmp_path)
+    pid = start.ask()
+    fd = os.pidfd_open(pid)
+    start.close()
+    assert select.select([fd], [], [], _LIMIT)[0]
+    os.close(fd)
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "said"),
+    [
+        ("code", ["/elsewhere", 1, 2, "python", "3"], "another version"),
+        ("fixed", {**likeness.fixed(), "CapEff": "0"}, "CapEff: '0' of `start`"),
+        ("fixed", {**likeness.fixed(), "net namespace": "net:[1]"}, "net namespace"),
+        ("inherited", {**likeness.inherited(), "directory": "/no/such"}, "/no/such"),
+        ("inherited", {**likeness.inherited(), "cgroups": "0::/no/such"}, "/no/such"),
+        ("inherited", {**likeness.inherited(), "cgroups": "1:none:/"}, "'none'"),
+        ("inherited", {}, "cgroups"),
+    ],
+)
+def test_where_it_can_t_be_alike_there_is_none(
+    nursery, start: Start, monkeypatch, what: str, value: object, said: str
+) -> None:
+    path = hand_over.socket_path()
+    monkeypatch.setattr(hand_over, "socket_path", lambda: path)
+    with monkeypatch.context() as patched:
+        patched.setattr(likeness, what, lambda: value)
+        assert start.ask() == 0
+    assert said in nursery.said()
+    assert start.ask() > 0
+    start.told()
+
+
+@pytest.mark.parametrize("junk", [b"", b"{", b"[]", b"x" * (hand_over.MAX_MESSAGE // 2)])
+def test_junk_harms_nobody(nursery, start: Start, junk: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.connect(hand_over.socket_path())
+        if junk:
+            peer.send(junk)
+            peer.settimeout(_LIMIT)
+            assert peer.recv(100) == b""
+    assert start.ask() > 0
+    start.told()
+
+
+def test_the_nursery_ends_with_its_stdin_and_its_shims_do_not(
+    directory: Path, start: Start
+) -> None:
+    nursery = Nursery(directory)
+    nursery.wait_ready()
+    assert start.ask() > 0
+    assert nursery.end() == 0
+    assert not directory.exists()
+    assert start.told()["id"] == "web"
+    assert start.ask() == 0
+
+
+def test_a_second_nursery_leaves_the_first_alone(nursery, start: Start) -> None:
+    second = Nursery(nursery.directory)
+    assert second.process.wait(_LIMIT) == 0
+    assert start.ask() > 0
+    start.told()
+
+
+def test_a_nursery_that_does_not_answer(directory: Path, start: Start, monkeypatch) -> None:
+    monkeypatch.setattr(hand_over, "ANSWER_LIMIT", 0.05)
+    Path(hand_over.socket_path()).parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
+        silent.bind(hand_over.socket_path())
+        silent.listen()
+        assert start.ask() == 0
+        peer, _ = silent.accept()
+        peer.close()
+    os.unlink(hand_over.socket_path())
+    assert start.ask() == 0
