@@ -15,6 +15,7 @@ from integration.lib.kata import Kata, wait_until
 from integration.lib.leftovers import left_by
 from integration.lib.templates import Templates, console, kind_of, started
 
+_READY_SHIMS = Path("/run/vc/ready-shims")
 _READY_WITHIN = 120  # seconds for a template and the VMs, on a busy host
 
 
@@ -49,6 +50,8 @@ class Cache:
         return [int(line.split()[2]) for line in lines if line.startswith("cached VM ")]
 
     def wait_full(self) -> None:
+        """Until all VMs wait, and shims are kept ready."""
+        wait_until(lambda: bool(list(_READY_SHIMS.glob("*/sock"))), _READY_WITHIN, "ready shims")
         wait_until(lambda: len(self.ready()) == self.number, _READY_WITHIN, "the cache is full")
 
     def end(self, number: int) -> int:
@@ -75,11 +78,18 @@ def cache(kata: Kata, templates: Templates) -> Iterator[Cache]:
     assert not left, f"left behind: {left}"
 
 
+def _parent(pid: int) -> bytes:
+    """The command line of its parent."""
+    (line,) = (x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if "PPid:" in x)
+    return Path(f"/proc/{line.split()[1]}/cmdline").read_bytes()
+
+
 def test_a_cached_vm_is_used_once_and_replaced(kata: Kata, cache: Cache) -> None:
     (pid,) = cache.ready()
     first = kata.start("sleep", "1000", flags=cache.templates.flags)
     assert started(kata, first) == "cache"
     assert kata.pid_of(first, "vmm") == pid
+    assert b"shimv2.ready" in _parent(kata.pid_of(first, "shim"))
     assert kata.execute(first, "echo", "alive").stdout == "alive\n"
     cache.wait_full()
     assert pid not in cache.ready()
@@ -167,9 +177,15 @@ def test_only_one_cache_at_a_place(cache: Cache) -> None:
 
 
 @pytest.mark.one_edition
-def test_nothing_to_keep_is_an_error(prefix: Path) -> None:
+def test_nothing_to_keep_is_an_error(templates: Templates) -> None:
+    templates.set("factory", vm_cache_number=0, ready_shims=False)
+    program = templates.prefix / "bin/kata-vm-cache"
     done = subprocess.run(
-        [prefix / "bin/kata-vm-cache"], capture_output=True, text=True, timeout=30, check=False
+        [program, "--config", templates.file],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert done.returncode == 1
     assert "vm_cache_number" in done.stderr
