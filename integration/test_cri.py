@@ -29,6 +29,13 @@ def test_a_pod_of_two_containers(node: CriNode) -> None:
     two = node.start_container(pod, "sleep", "1000")
     boots = {node.execute(c, "cat", "/proc/sys/kernel/random/boot_id") for c in (one, two)}
     assert len(boots) == 1, "one VM for both"
+    node.execute(one, "sh", "-c", "echo shared > /dev/shm/file")
+    assert node.execute(two, "cat", "/dev/shm/file") == "shared\n"
+    _namespaces(node, one, two)
+    if node.sandboxer == "shim":  # the sum of both, by the Sandbox API
+        (stats,) = json.loads(node.crictl("statsp", "-o", "json", "--id", pod))["stats"]
+        assert int(stats["linux"]["memory"]["workingSetBytes"]["value"])
+        assert "SandboxMetrics failed" not in node.containerd.log.read_text()
     wait_until(lambda: node.logs(one).count("\n") == 2, 5, "both lines are logged")
     assert sorted(node.logs(one).split("\n")) == ["", "to stderr", "to stdout"]
     node.crictl("stop", "-t", "10", one)
@@ -39,6 +46,13 @@ def test_a_pod_of_two_containers(node: CriNode) -> None:
     assert node.execute(three, "echo", "here") == "here\n"
     node.remove_pod(pod)
     assert node.crictl("pods", "-q") == ""
+
+
+def _namespaces(node: CriNode, one: str, two: str) -> None:
+    """Which are the pod's, and which each container's own."""
+    script = "for kind in ipc uts net pid mnt; do readlink /proc/1/ns/$kind; done"
+    links = zip(*(node.execute(c, "sh", "-c", script).split() for c in (one, two)), strict=True)
+    assert [a == b for a, b in links] == [True, True, True, False, False]
 
 
 def test_exit_codes_are_told(node: CriNode) -> None:

@@ -113,6 +113,7 @@ def _mounts(root: Path) -> list[dict[str, Any]]:
         of(root / "kubernetes.io~configmap/config", "/config", readonly=True),
         of(empty / "disk", "/disk"),
         of(empty / "memory", "/memory"),
+        of(empty / "memory", "/dev/shm"),  # how a pod gets a larger one
         of(empty / "huge", "/huge"),
         of(tool, _TOOL, readonly=True),
         of(mmap, "/mmap", readonly=True),
@@ -223,7 +224,7 @@ def _raw_disk(v: Volumes) -> None:
 def _empty_dirs(v: Volumes) -> None:
     empty = v.root / "kubernetes.io~empty-dir"
     v.run(v.one, "echo shared > /disk/file; echo shared > /memory/file")
-    assert v.run(v.two, "cat /disk/file /memory/file") == "shared\nshared\n"
+    assert v.run(v.two, "cat /disk/file /memory/file /dev/shm/file") == "shared\n" * 3
     assert (empty / "disk/file").exists()
     assert not (empty / "memory/file").exists(), "it is the guest's memory"
     with pytest.raises(CrictlError, match="No space left"):

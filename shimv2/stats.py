@@ -16,6 +16,7 @@ from agent.api import agent_pb2
 from shimv2.api import cgroups_v1_pb2, cgroups_v2_pb2
 
 _ENTRY_LIMIT = 1024  # interfaces, devices, page sizes: what of the guest's lists is read
+_LARGEST = (1 << 64) - 1
 
 Metrics = cgroups_v1_pb2.Metrics | cgroups_v2_pb2.Metrics
 
@@ -66,18 +67,23 @@ def _add(total: Message, other: Message) -> None:
     for field, value in other.ListFields():
         if field.message_type is None:
             if not field.is_repeated:
-                setattr(total, field.name, getattr(total, field.name) + value)
+                setattr(total, field.name, _sum(getattr(total, field.name), value))
         elif field.message_type.GetOptions().map_entry:
             target = getattr(total, field.name)
             for key in value:
                 if isinstance(value[key], int):
-                    target[key] += value[key]
+                    target[key] = _sum(target[key], value[key])
                 else:
                     _add(target[key], value[key])
         elif field.is_repeated:
             getattr(total, field.name).extend(value)
         else:
             _add(getattr(total, field.name), value)
+
+
+def _sum(one: int, other: int) -> int:
+    """No limit is the largest number, and so are two of them."""
+    return one or other if isinstance(other, bool) else min(one + other, _LARGEST)
 
 
 def _to_v1(reply: agent_pb2.StatsContainerResponse) -> cgroups_v1_pb2.Metrics:

@@ -137,10 +137,10 @@ def _one(
     result: GuestMounts,
 ) -> None:
     source = os.path.normpath(mount.source) if mount.source else ""
-    if not mount.is_bind or _below(source, "/proc") or _below(source, "/sys"):
-        result.mounts.append(mount)  # the guest makes or has it
-    elif os.path.normpath(mount.destination) == "/dev/shm":
+    if _is_pods_shm(mount, spec):
         result.mounts.append(Mount(mount.destination, "bind", SHM_DIR, ["rbind"]))
+    elif not mount.is_bind or _below(source, "/proc") or _below(source, "/sys"):
+        result.mounts.append(mount)  # the guest makes or has it
     elif (record := _direct_volume(mount.source)) is not None:
         result.direct.append(DirectMount(mount.source, mount, record, len(result.mounts)))
         result.mounts.append(mount)
@@ -170,6 +170,15 @@ def _one(
             result.mounts.append(_bound(mount, point))
         else:
             result.mounts.append(_bound(mount, str(where)))
+
+
+def _is_pods_shm(mount: Mount, spec: Spec) -> bool:
+    if os.path.normpath(mount.destination) != "/dev/shm":
+        return False
+    if mount.is_bind:  # what the engine made for the pod, but for a larger one that a user wants
+        return _EMPTY_DIR not in mount.source
+    # With the Sandbox API no engine makes one: each container is given a tmpfs of its own.
+    return mount.type == "tmpfs" and bool(spec.namespaces.get("ipc"))
 
 
 def _direct_volume(source: str) -> DirectVolume | None:

@@ -267,6 +267,30 @@ def test_mounts_of_a_spec(tmp_path: Path, isolated) -> None:
     isolated(body)
 
 
+def test_whose_dev_shm_it_is(tmp_path: Path, isolated) -> None:
+    large = tmp_path / "volumes/kubernetes.io~empty-dir/shm"
+    large.mkdir(parents=True)
+
+    def body() -> None:
+        mounts.mount("tmpfs", large, "tmpfs", 0, "size=9m")
+        with Share(tmp_path / "sid") as share:
+
+            def shm(kind: str, source: str, ipc: dict[str, str] | None = None) -> str:
+                options = ["rbind"] if kind == "bind" else []
+                spec = spec_of(tmp_path, ("/dev/shm", kind, source, options))
+                spec.namespaces.update(ipc or {})
+                (mount,) = volumes.share_mounts(spec, share, "web").mounts
+                return mount.source
+
+            assert shm("bind", "/dev/shm") == volumes.SHM_DIR, "of the engine"
+            assert shm("bind", str(large)) == f"{volumes.EPHEMERAL_DIR}/shm", "of a user"
+            assert shm("tmpfs", "shm", {"ipc": "/proc/1/ns/ipc"}) == volumes.SHM_DIR, "of the pod"
+            assert shm("tmpfs", "shm", {"ipc": ""}) == "shm", "of the container"
+            assert shm("tmpfs", "shm") == "shm"
+
+    isolated(body)
+
+
 def test_a_missing_source_undoes_the_others(tmp_path: Path, isolated) -> None:
     base = files(tmp_path)
 

@@ -65,3 +65,18 @@ def test_a_sum_adds_figures_and_counts_the_network_once():
     assert total.cgroup_stats.memory_stats.stats["anon"] == 14
     assert total.cgroup_stats.hugetlb_stats["2MB"].usage == 22
     assert len(total.network_stats) == 1
+
+
+def test_a_sum_without_limits_has_none():
+    total = agent_pb2.StatsContainerResponse()
+    for _ in range(3):
+        one = reply()
+        memory = one.cgroup_stats.memory_stats
+        memory.usage.limit = memory.stats["anon"] = (1 << 64) - 1
+        memory.use_hierarchy = True
+        add_stats(total, one)
+    memory = total.cgroup_stats.memory_stats
+    assert memory.usage.limit == memory.stats["anon"] == (1 << 64) - 1
+    assert memory.usage.usage == 3 << 20
+    assert memory.use_hierarchy
+    assert to_containerd(total, unified=False).memory.usage.limit == (1 << 64) - 1
