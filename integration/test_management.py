@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,9 +18,11 @@ import pytest
 from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from agent.version import VERSION as AGENT_VERSION
 from integration.lib.kata import Kata
 from shimv2.metrics.tests.test_documentation import documented
 from shimv2.runtime_cli.management import ManagementError, ask
+from shimv2.version import VERSION as RUNTIME_VERSION
 
 pytestmark = pytest.mark.one_edition
 
@@ -31,6 +34,10 @@ def test_management(kata: Kata, prefix: Path) -> None:
     container = kata.start("sleep", "1000")
     path = Path("/run/vc/sbs", container, "shim-monitor.sock")
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    env = json.loads(ask(container, "GET", "/env"))
+    assert env["runtime"] == RUNTIME_VERSION
+    assert env["agent"] == AGENT_VERSION
+    assert env["pid"] == str(kata.pid_of(container, "vmm"))
     _agent_url(container)
     _iptables(container, prefix / "bin/kata-runtime")
     _metrics(kata, container, prefix / "bin/kata-runtime")

@@ -29,6 +29,7 @@ from shimv2.state import vm_dir
 from shimv2.stats import add_stats
 from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, SocketWriter
 from shimv2.timeline import Timeline
+from shimv2.version import VERSION
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError, VmmGoneError
@@ -57,6 +58,7 @@ _CLONE_LIMIT = 15.0  # an emulated clone on a busy host needs one second
 _END_LIMIT = 2.0
 _HEALTH_EVERY = 5.0
 _HEALTH_LIMIT = 10.0
+_VERSION_LIMIT = 1.0
 _HEALTH_TRIES = 2
 _CLOCK_EVERY = 60.0
 _MESSAGE_LIMIT = 4096  # characters
@@ -438,10 +440,12 @@ class Guest:
         return self._machine.channel.payload
 
     async def facts(self) -> dict[str, str]:
-        """About the VM, for SandboxStatus and for people."""
+        """About the VM and who runs in it, for SandboxStatus and for people."""
         vm = self._machine.vm
         figures = await vm.metrics()
         return {
+            "runtime": VERSION,
+            "agent": await self._agent_version(),
             "vmm": f"{vm.name} {vm.version}",
             "accelerator": vm.accelerator.value,
             "pid": str(vm.pid),
@@ -449,6 +453,15 @@ class Guest:
             "memory_mib": str(figures.memory_mib),
             "rss_bytes": str(figures.rss_bytes),
         }
+
+    async def _agent_version(self) -> str:
+        """Empty if the agent does not answer soon."""
+        health = self._client.stub(_HEALTH)
+        try:
+            reply = await health.Version(health_pb2.CheckRequest(), timeout=_VERSION_LIMIT)
+        except RpcError:
+            return ""
+        return _clipped(reply.agent_version)
 
     # --- the end ------------------------------------------------------------------------
 

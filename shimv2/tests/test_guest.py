@@ -59,7 +59,7 @@ class Client:
             await trio.lowlevel.checkpoint()
             raise self.error
 
-        return SimpleNamespace(Check=fail, SignalProcess=fail)
+        return SimpleNamespace(Check=fail, Version=fail, SignalProcess=fail)
 
 
 @pytest.fixture
@@ -112,6 +112,7 @@ async def test_an_error_of_the_guest_is_bounded_and_printable(guest: Any) -> Non
 async def test_health(guest: Any) -> None:
     guest._client = Client(RpcError(Code.DEADLINE_EXCEEDED, "late"))
     assert not await guest.is_healthy(1.0)
+    assert await guest._agent_version() == ""
 
 
 async def test_nothing_is_asked_of_a_lost_guest(guest: Any) -> None:
