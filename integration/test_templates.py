@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from integration.lib.containerd import RUNTIME
+from integration.lib.images import BUSYBOX_REFERENCE
 from integration.lib.kata import Kata, wait_until
 from integration.lib.templates import MADE_WITHIN, Templates, console, kind_of, started
 
@@ -144,14 +148,80 @@ def test_a_damaged_template_costs_a_boot_and_a_warning(
     assert not template.exists()
 
 
+def delete(template: Path) -> None:
+    shutil.rmtree(template)
+
+
+def damage(template: Path) -> None:
+    """In place, so that who has it open sees it."""
+    with (template / "state").open("r+b") as state:
+        state.write(bytes(state.seek(0, os.SEEK_END)))
+    os.truncate(template / "memory", 0)
+
+
 @pytest.mark.one_edition
-def test_another_configuration_is_another_template(kata: Kata, made: Templates) -> None:
-    made.set("hypervisor.qemu", default_memory=1024)
-    container = kata.start("sleep", "1000", flags=made.flags)
-    assert started(kata, container) == "cold"
-    memory = kata.execute(container, "grep", "MemTotal", "/proc/meminfo").stdout
-    assert int(memory.split()[1]) < 1 << 20
+def test_a_template_lost_while_it_is_cloned(kata: Kata, made: Templates, tmp_path: Path) -> None:
+    """Once its VMM runs a clone has been found good, and its state is not read yet."""
+    made.set("factory", template_autocreate=False)
+    template = made.wait_made()
+    kept = tmp_path / "template"
+    subprocess.run(["cp", "-a", "--sparse=always", template, kept], check=True)
+    for fault in (delete, damage):
+        if not template.exists():
+            subprocess.run(["cp", "-a", "--sparse=always", kept, template], check=True)
+        container = kata.new_id()
+        process = kata.popen(
+            *("run", "--rm", "--runtime", RUNTIME, *made.flags, BUSYBOX_REFERENCE, container),
+            *("echo", "ran"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
+        wait_until(lambda name=container: clones(name), 60, "a clone's VMM is started")
+        fault(template)
+        output, _ = process.communicate(timeout=120)
+        assert (process.returncode, output) == (0, b"ran\n"), fault.__name__
+        assert kind_of(kata.containerd, container) == "cold", fault.__name__
+        assert not template.exists(), "the next one would try it again"
+
+
+def clones(container: str) -> bool:
+    """Whether there is a VMM that waits for the state of a template."""
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            command = entry.read_bytes()
+            if f"sandbox-{container},".encode() in command and b"-incoming" in command:
+                return True
+    return False
+
+
+@pytest.mark.one_edition
+def test_two_kernels_at_once(kata: Kata, made: Templates, directory: Path, prefix: Path) -> None:
+    """Another configuration is another template: of a kernel that calls itself differently, and
+    of another size; each sandbox gets what is its own."""
+    kernel = (prefix / "share/kata-containers/vmlinux.container").read_bytes()
+    match = re.search(rb"Linux version (\S+)", kernel)
+    assert match is not None
+    release = match[1]
+    renamed = release[:-1] + b"X"
+    other = directory / "vmlinux"
+    other.write_bytes(kernel.replace(release, renamed))
+    made.set("hypervisor.qemu", default_memory=1024, kernel=str(other))
+    first = kata.start("sleep", "1000", flags=made.flags)
+    assert started(kata, first) == "cold"
     wait_until(lambda: len(made.ready()) == 2, MADE_WITHIN, "the second template is made")
+    second = kata.start("sleep", "1000", flags=made.flags)
+    made.unset("hypervisor.qemu", "default_memory", "kernel")
+    third = kata.start("sleep", "1000", flags=made.flags)
+    assert [started(kata, clone) for clone in (second, third)] == ["template"] * 2
+    for container, name, small in (
+        (first, renamed, True),
+        (second, renamed, True),
+        (third, release, False),
+    ):
+        facts = kata.execute(container, "sh", "-c", "uname -r; grep MemTotal /proc/meminfo").stdout
+        words = facts.split()
+        assert words[0] == name.decode()
+        assert (int(words[2]) < 1 << 20) is small
 
 
 @pytest.mark.one_edition

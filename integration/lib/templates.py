@@ -45,8 +45,14 @@ class Templates:
     def set(self, section: str, **values: object) -> None:
         """Overrule values of the installed configuration."""
         lines = [f"{name} = {json.dumps(value)}\n" for name, value in values.items()]
-        file = self._drop_ins / f"{section}-{'-'.join(values)}.toml"
-        file.write_text(f"[{section}]\n{''.join(lines)}")
+        self._drop_in(section, *values).write_text(f"[{section}]\n{''.join(lines)}")
+
+    def unset(self, section: str, *names: str) -> None:
+        """Take back one `set` of these names."""
+        self._drop_in(section, *names).unlink()
+
+    def _drop_in(self, section: str, *names: str) -> Path:
+        return self._drop_ins / f"{section}-{'-'.join(names)}.toml"
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`kata-runtime factory …`."""
