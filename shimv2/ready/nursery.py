@@ -27,14 +27,14 @@ from shimv2.ready import hand_over, likeness
 from shimv2.state import READY_SHIMS
 from shimv2.version import SHIM_BINARY
 
-WARM = (
+# What a shim loads in any case, and what it loads while it starts a container.
+_WANTED = (
+    "google.protobuf.descriptor_pb2",
+    "shimv2.boot.history",
     "shimv2.daemon",
-    "shimv2.guest",
-    "shimv2.life",
-    "shimv2.machine",
-    "shimv2.network.pod_network",
-    "vmm.qemu.driver",
-    "vmm.virtiofsd",
+    "shimv2.factory.templates",
+    "tomllib",
+    "vmm.vsock.hybrid_server",
 )
 FILLER = "x" * 400
 """Last argument of the nursery's command line: room for a shim's, which the child writes there."""
@@ -48,7 +48,7 @@ def main() -> int:
         print(f"the path of this installation is too long: {likeness.code()[0]}", file=sys.stderr)
         return 1
     code = likeness.code()
-    for name in WARM:
+    for name in _WANTED:
         __import__(name)
     with _only_one(os.path.dirname(path)) as first:
         if not first:
