@@ -47,7 +47,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def disk_containerd(prefix: Path, place: Path) -> Iterator[Containerd]:
-    """With both snapshotters, and an image of several layers unpacked for each."""
+    """With an image of several layers unpacked for each snapshotter."""
     scratch = ext4(place / "scratch.img", 32 * _MIB)
     archive = oci_archive(
         place / "layers.tar",
@@ -69,7 +69,7 @@ def disk_containerd(prefix: Path, place: Path) -> Iterator[Containerd]:
 """,
     )
     with daemon:
-        for snapshotter in ("overlayfs", "blockfile", "erofs"):
+        for snapshotter in ("overlayfs", "native", "blockfile", "erofs"):
             daemon.ctr("images", "import", "--local", "--snapshotter", snapshotter, archive)
         yield daemon
 
@@ -97,6 +97,17 @@ def _configured(prefix: Path, directory: Path, drop_in: str) -> tuple[str | Path
 def _snapshot_file(place: Path) -> Path:
     """The newest of the blockfile snapshotter's."""
     return max((place / "blockfile/snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+def test_a_root_file_system_that_is_a_directory(disks: Kata) -> None:
+    """The native snapshotter copies; what it gives is a bind mount."""
+    done = disks.run(
+        *("sh", "-c", f"cat /layer1 /layer2; touch /new; grep ' / ' /proc/mounts; {_DISKS}"),
+        flags=("--snapshotter", "native"),
+    )
+    assert done.stdout.startswith("xx")
+    assert " / virtiofs rw" in done.stdout
+    assert done.stdout.endswith("\n0\n"), "no disk"
 
 
 def test_a_root_file_system_of_one_disk(disks: Kata, place: Path, tmp_path: Path) -> None:

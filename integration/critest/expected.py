@@ -5,7 +5,6 @@ from __future__ import annotations
 
 EXPECTED: dict[str, str] = {
     "HostIpc is true": "the VM's ipc namespace is not the host's",
-    "HostPID is true": "the VM's processes are not the host's",
     "HostNetwork is true": "a pod without a network namespace has loopback only",
     "portforward in host network": "a pod without a network namespace has loopback only",
     "mount with 'rshared'": "a mount made in the guest does not reach the host",
