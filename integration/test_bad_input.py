@@ -51,6 +51,9 @@ def configuration(prefix: Path, tmp_path: Path):
         ("default_memory", "99999999999", "default_memory"),
         ("default_vcpus", "[]", "default_vcpus"),
         ("kernel", '"relative/vmlinux"', "relative/vmlinux"),
+        ("kernel", '"/etc"', "/etc"),
+        ("image", '"/etc"', "/etc"),
+        ("path", '"/etc/hostname"', "/etc/hostname"),
     ],
 )
 def test_configuration(kata: Kata, configuration, key: str, value: str, needle: str) -> None:
@@ -63,8 +66,9 @@ def test_broken_toml(kata: Kata, tmp_path: Path) -> None:
     assert str(path) in run_with(kata, path)
 
 
-def test_a_configuration_that_is_not_there(kata: Kata) -> None:
-    assert "/nonesuch.toml" in run_with(kata, Path("/nonesuch.toml"))
+@pytest.mark.parametrize("path", ["/nonesuch.toml", "/etc"])
+def test_a_configuration_that_can_t_be_read(kata: Kata, path: str) -> None:
+    assert path in run_with(kata, Path(path))
 
 
 def test_a_program_that_does_not_exist(kata: Kata) -> None:

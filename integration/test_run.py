@@ -223,11 +223,15 @@ class TestState:
         assert done.returncode != 0
         assert kata.status(container_id) == "RUNNING"
 
-    def test_unknown_execs_are_not_found(self, kata: Kata) -> None:
+    def test_what_is_not_there_is_told(self, kata: Kata) -> None:
         container_id = kata.start("sleep", "1000")
         done = kata.ctr("task", "kill", "--exec-id", "none", container_id, check=False)
         assert done.returncode != 0
         assert "none" in done.stderr
+        done = kata.ctr("task", "checkpoint", container_id, check=False)
+        assert done.returncode != 0
+        assert "checkpoint is not supported" in done.stderr
+        assert kata.status(container_id) == "RUNNING"
 
     def test_memory_limit_is_enforced_by_the_guest(self, kata: Kata) -> None:
         done = kata.run(

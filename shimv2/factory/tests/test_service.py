@@ -106,6 +106,34 @@ async def test_requests_that_fail_leave_a_cache_that_answers(
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.parametrize("cache", ["absent", "slow", "another version"])
+async def test_a_cache_that_gives_none_is_done_without(
+    config: Config, monkeypatch: Any, autojump_clock: trio.testing.MockClock, cache: str
+) -> None:
+    async def key(_config: Config) -> str:
+        return "a" * 64
+
+    monkeypatch.setattr(templates, "template_key", key)
+    with trio.socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        if cache != "absent":
+            await listener.bind(config.factory.vm_cache_endpoint)
+            listener.listen(1)
+        async with trio.open_nursery() as nursery:
+            if cache == "another version":
+                nursery.start_soon(_answer, listener, b'{"protocol": 2}')
+            before = trio.current_time()
+            assert not await Templates(config).take(object(), "box")  # type: ignore[arg-type]
+            assert trio.current_time() - before < 3
+            nursery.cancel_scope.cancel()
+
+
+async def _answer(listener: Any, answer: bytes) -> None:
+    peer, _ = await listener.accept()
+    with peer:
+        await peer.recv(65536)
+        await peer.send(answer)
+
+
 async def test_a_template_that_cannot_be_made_is_nothing_to_the_sandbox(
     config: Config, monkeypatch: Any
 ) -> None:
