@@ -63,6 +63,12 @@ def test_exit_codes_are_told(node: CriNode) -> None:
     other = node.start_container(pod, "sleep", "1000")
     with pytest.raises(CrictlError, match=r"exit(ed with)? (code|status)? ?3"):
         node.execute(other, "sh", "-c", "exit 3")
+    limit = {"resources": {"memory_limit_in_bytes": 32 << 20}}
+    greedy = node.start_container(pod, "tail", "/dev/zero", linux=limit)
+    wait_until(lambda: state(node, greedy) == _EXITED, 30, "it was killed")
+    wait_until(lambda: node.inspect(greedy)["status"]["reason"] == "OOMKilled", 5, "the reason")
+    assert node.inspect(greedy)["status"]["exitCode"] == 137
+    assert state(node, other) == _RUNNING
 
 
 def test_a_container_that_ignores_sigterm_is_killed(node: CriNode) -> None:
