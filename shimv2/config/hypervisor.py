@@ -93,8 +93,8 @@ class HypervisorConfig(Section):
     machine_type: str = key(
         "q35",
         "machine model",
-        choices=("", "q35", "pc", "microvm"),
-        foreign=("virt", "pseries", "s390-ccw-virtio"),
+        choices=("", "q35"),
+        foreign=("pc", "microvm", "virt", "pseries", "s390-ccw-virtio"),
         annotation=SAME_NAME,
         vmms="QC",
         sample=True,

@@ -39,7 +39,7 @@ def test_none_of_ours_leaves_the_config_alone(config):
         ("enable_hugepages", "T", "enable_hugepages", True),
         ("reclaim_guest_freed_memory", "0", "reclaim_guest_freed_memory", False),
         ("kernel", "/boot/other", "kernel", Path("/boot/other")),
-        ("machine_type", "pc", "machine_type", "pc"),
+        ("machine_type", "q35", "machine_type", "q35"),
         ("machine_type", "", "machine_type", "q35"),
         ("kernel_params", "a=9 c", "kernel_params", "b=2 a=9 c"),
         ("blk_logical_sector_size", "4096", "block_device_logical_sector_size", 4096),

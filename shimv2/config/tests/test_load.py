@@ -162,6 +162,10 @@ def test_an_error_names_the_file_the_value_came_from(load):
         ('guest_extension_images = ["a"]', "expected a list of tables"),
         ('rootfs_type = "btrfs"', 'rootfs_type = "btrfs": expected one of "ext4", "xfs", "erofs"'),
         ('machine_type = "vax"', 'machine_type = "vax": expected one of "q35"'),
+        (
+            'machine_type = "microvm"',
+            'machine_type = "microvm": Kata knows it, this runtime has only',
+        ),
         ('machine_type = "virt"', 'machine_type = "virt": Kata knows it, this runtime has only'),
         ('shared_fs = "virtio-9p"', "Kata knows it, this runtime has only"),
         ('accelerator = "hvf"', 'accelerator = "hvf": expected one of "auto", "kvm", "tcg"'),
