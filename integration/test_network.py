@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -281,9 +281,13 @@ def test_ctr_run_with_cni(shared_node: CriNode, prefix: Path, tmp_path: Path) ->
     assert not node.pod_links()[1:], "only the shared pod's"
 
 
-@pytest.mark.parametrize("mtu", [1400, 9000])
-def test_mtu(mtu: int, prefix: Path) -> None:
-    network = functools.partial(cni.bridge, mtu=mtu)
+@pytest.mark.parametrize(
+    "network",
+    [functools.partial(cni.ptp, mtu=1400), functools.partial(cni.bridge, mtu=9000)],
+    ids=["ptp-1400", "bridge-9000"],
+)
+def test_plugin_and_mtu(network: functools.partial[dict[str, Any]], prefix: Path) -> None:
+    mtu = network.keywords["mtu"]
     with CriNode(edition_named("debian"), prefix, network=network) as node:
         echo = Echo(node)
         assert f"mtu {mtu}" in echo.run("ip", "link", "show", "eth0")
@@ -295,15 +299,10 @@ def test_mtu(mtu: int, prefix: Path) -> None:
         assert not node.clean()
 
 
-@pytest.mark.parametrize("plugin", ["ptp", "macvlan"])
-def test_plugin(plugin: str, prefix: Path) -> None:
-    networks: dict[str, Callable[[Path], dict[str, Any]]] = {
-        "ptp": cni.ptp,
-        "macvlan": functools.partial(cni.macvlan, master="uplink"),
-    }
-    with CriNode(edition_named("debian"), prefix, network=networks[plugin]) as node:
-        if plugin == "macvlan":  # its pods can't reach the master's own address: a peer plays
-            _add_uplink(node)
+def test_macvlan(prefix: Path) -> None:
+    network = functools.partial(cni.macvlan, master="uplink")
+    with CriNode(edition_named("debian"), prefix, network=network) as node:
+        _add_uplink(node)  # its pods can't reach the master's own address: a peer plays
         echo = Echo(node)
         with connect(node, echo.ipv4) as connection:
             round_trip(connection, 4 << 20)
