@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The guest's root packed as an initrd; as an image it is what every other test runs."""
+"""Guests of other parts than those that every other test runs: an initrd, Debian's kernel."""
 
 from __future__ import annotations
 
@@ -54,3 +54,21 @@ def test_a_guest_in_an_initrd_boots_and_is_cloned(
         kata.remove(container_id)
         templates.wait_made()
     assert kinds == ["cold", "template"]
+
+
+def test_debian_s_kernel_comes_up_with_its_modules(
+    kata: Kata, templates: Templates, tmp_path: Path
+) -> None:
+    options = ["--kernel", "debian", "--output", str(tmp_path)]
+    subprocess.run([sys.executable, BUILDER / "build.py", *options], check=True)
+    templates.set("factory", enable_template=False)
+    templates.set(
+        "hypervisor.qemu",
+        kernel=str(tmp_path / "vmlinux"),
+        image=str(tmp_path / "kata-containers.img"),
+        modules_initrd=str(tmp_path / "modules-initrd.img"),
+    )
+    done = kata.run("sh", "-c", "uname -r; cat /proc/modules", flags=templates.flags)
+    release, *modules = done.stdout.splitlines()
+    assert "cloud" in release
+    assert {"erofs", "overlay"} <= {line.split()[0] for line in modules}

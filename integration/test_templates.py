@@ -120,55 +120,88 @@ def test_random_bytes_of_containers_differ(kata: Kata, made: Templates) -> None:
     assert len(seen) == 3
 
 
-@pytest.mark.parametrize("damage", ["state", "memory", "memory-content", "half-written"])
+class Victim:
+    """A template to be damaged more than once, and what is logged of it meanwhile."""
+
+    def __init__(self, kata: Kata, made: Templates, place: Path) -> None:
+        made.set("factory", template_autocreate=False)
+        self.path = made.wait_made()
+        self._kata = kata
+        self._kept = place / "template"
+        self._copy(self.path, self._kept)
+
+    def restore(self) -> Path:
+        if not self.path.exists():
+            self._copy(self._kept, self.path)
+        self._logged = len(self._kata.containerd.log.read_text())
+        return self.path
+
+    def warnings(self) -> str:
+        """The lines that name it, since it was whole."""
+        lines = self._kata.containerd.log.read_text()[self._logged :].splitlines()
+        return "\n".join(line for line in lines if f"template {self.path.name[:12]}" in line)
+
+    @staticmethod
+    def _copy(source: Path, target: Path) -> None:
+        subprocess.run(["cp", "-a", "--sparse=always", source, target], check=True)
+
+
+@pytest.fixture
+def victim(kata: Kata, made: Templates, tmp_path: Path) -> Victim:
+    return Victim(kata, made, tmp_path)
+
+
+def other_state(template: Path) -> None:
+    data = bytearray((template / "state").read_bytes())
+    data[len(data) // 2] ^= 1
+    (template / "state").write_bytes(data)
+
+
+def short_memory(template: Path) -> None:
+    os.truncate(template / "memory", 1 << 20)
+
+
+def other_memory(template: Path) -> None:
+    """No checksum is made of it: such a clone does not answer."""
+    size = (template / "memory").stat().st_size
+    os.truncate(template / "memory", 0)
+    os.truncate(template / "memory", size)
+
+
+def half_written(template: Path) -> None:
+    (template / "template.json").unlink()
+
+
 @pytest.mark.one_edition
 def test_a_damaged_template_costs_a_boot_and_a_warning(
-    kata: Kata, made: Templates, damage: str
+    kata: Kata, made: Templates, victim: Victim
 ) -> None:
-    template = made.wait_made()
-    memory = template / "memory"
-    match damage:
-        case "state":
-            data = bytearray((template / "state").read_bytes())
-            data[len(data) // 2] ^= 1
-            (template / "state").write_bytes(data)
-        case "memory":
-            os.truncate(memory, 1 << 20)
-        case "memory-content":  # no checksum is made of it: such a clone does not answer
-            size = memory.stat().st_size
-            memory.write_bytes(b"")
-            os.truncate(memory, size)
-        case "half-written":
-            (template / "template.json").unlink()
-    made.set("factory", template_autocreate=False)
-    container = kata.new_id()
-    assert kata.run("echo", "ran", flags=made.flags, container_id=container).stdout == "ran\n"
-    assert kind_of(kata.containerd, container) == "cold"
-    assert f"template {template.name[:12]}" in kata.containerd.log.read_text()
-    assert not template.exists()
+    for damage in (other_state, short_memory, other_memory, half_written):
+        damage(victim.restore())
+        container = kata.new_id()
+        done = kata.run("echo", "ran", flags=made.flags, container_id=container)
+        assert done.stdout == "ran\n", damage.__name__
+        assert kind_of(kata.containerd, container) == "cold", damage.__name__
+        assert "warning" in victim.warnings(), damage.__name__
+        assert not victim.path.exists(), damage.__name__
 
 
-def delete(template: Path) -> None:
+def deleted(template: Path) -> None:
     shutil.rmtree(template)
 
 
-def damage(template: Path) -> None:
+def overwritten(template: Path) -> None:
     """In place, so that who has it open sees it."""
     with (template / "state").open("r+b") as state:
-        state.write(bytes(state.seek(0, os.SEEK_END)))
+        state.write(bytes((template / "state").stat().st_size))
     os.truncate(template / "memory", 0)
 
 
 @pytest.mark.one_edition
-def test_a_template_lost_while_it_is_cloned(kata: Kata, made: Templates, tmp_path: Path) -> None:
+def test_a_template_lost_while_it_is_cloned(kata: Kata, made: Templates, victim: Victim) -> None:
     """Once its VMM runs a clone has been found good, and its state is not read yet."""
-    made.set("factory", template_autocreate=False)
-    template = made.wait_made()
-    kept = tmp_path / "template"
-    subprocess.run(["cp", "-a", "--sparse=always", template, kept], check=True)
-    for fault in (delete, damage):
-        if not template.exists():
-            subprocess.run(["cp", "-a", "--sparse=always", kept, template], check=True)
+    for fault in (deleted, overwritten):
+        template = victim.restore()
         container = kata.new_id()
         process = kata.popen(
             *("run", "--rm", "--runtime", RUNTIME, *made.flags, BUSYBOX_REFERENCE, container),
@@ -181,6 +214,7 @@ def test_a_template_lost_while_it_is_cloned(kata: Kata, made: Templates, tmp_pat
         output, _ = process.communicate(timeout=120)
         assert (process.returncode, output) == (0, b"ran\n"), fault.__name__
         assert kind_of(kata.containerd, container) == "cold", fault.__name__
+        assert "could not be used" in victim.warnings(), fault.__name__
         assert not template.exists(), "the next one would try it again"
 
 
