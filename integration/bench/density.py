@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def ready() -> None:
         if waiting:
-            wait_full(args.prefix, configuration, waiting)
+            wait_full(directory / "cache.sock", waiting)
 
     kata_runtime = [args.prefix / "bin/kata-runtime", "--config", configuration, "factory"]
     try:
