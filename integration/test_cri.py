@@ -178,6 +178,5 @@ def test_execs_leave_nothing(node: CriNode) -> None:
         5,
         "descriptors are as before",
     )
-    assert node.execute(container, "ls", "/proc").split().count("1") == 1
     left = [line for line in node.execute(container, "ps", "-o", "stat").split() if "Z" in line]
     assert not left

@@ -340,12 +340,17 @@ def test_model(model: str, prefix: Path, tmp_path: Path) -> None:
 
 @pytest.mark.one_edition
 def test_the_host_s_own_network(kata: Kata) -> None:
-    """Refused; a spec without a namespace, as `hostNetwork` makes it, gets an empty one."""
+    """Refused, or for the VMM alone; a spec without one, as of `hostNetwork`, gets an empty one."""
     own = f"network:/proc/{os.getpid()}/ns/net"
     done = kata.run("true", flags=("--with-ns", own), check=False)
     assert done.returncode
     assert "is the host's own; a sandbox can't share it" in done.stderr
     before = _links(Path("/proc/self/ns/net")).keys()
+    asks = "io.katacontainers.config.runtime"
+    flags = ("--annotation", f"{asks}.disable_new_netns=true")
+    flags += ("--annotation", f"{asks}.internetworking_model=none")
+    done = kata.run("ip", "-o", "link", flags=("--with-ns", own, *flags))
+    assert [line.split()[1] for line in done.stdout.splitlines()] == ["lo:"]
     container = kata.start("sleep", "1000", flags=("--net-host",))
     links = kata.execute(container, "ip", "-o", "link").stdout.splitlines()
     assert [line.split()[1] for line in links] == ["lo:"]

@@ -231,7 +231,11 @@ def _empty_dirs(v: Volumes) -> None:
         v.run(v.one, "dd if=/dev/zero of=/memory/big bs=1M count=9")
     v.run(v.one, "rm /memory/big")
     assert "hugetlbfs" in v.run(v.one, "grep ' /huge ' /proc/mounts")
-    assert v.run(v.one, "grep HugePages_Total /proc/meminfo").split()[1] == "2"
+    v.run(v.one, f"fallocate -l {4 * _MIB} /huge/file")
+    pages = v.run(v.two, "stat -c %s /huge/file; grep -E 'HugePages_(Total|Free)' /proc/meminfo")
+    assert pages.split()[::2] == [str(4 * _MIB), "2", "0"], "both are used"
+    with pytest.raises(CrictlError, match="No space left"):
+        v.run(v.one, f"fallocate -l {6 * _MIB} /huge/file")
 
 
 def _between_containers(v: Volumes) -> None:
