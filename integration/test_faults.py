@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -128,7 +129,9 @@ def test_a_hung_guest_is_lost(kata: Kata) -> None:
 def test_a_hung_guest_can_be_killed_at_once(kata: Kata) -> None:
     container_id = kata.start("sleep", "1000")
     os.kill(kata.pid_of(container_id, "vmm"), signal.SIGSTOP)
+    before = time.monotonic()
     kata.ctr("task", "rm", "-f", container_id, check=False, timeout=60)
+    assert time.monotonic() - before < HUNG / 2, "it was not waited for the guest to count as lost"
     kata.ctr("container", "rm", container_id)
 
 
