@@ -6,10 +6,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import trio
 
 from integration.lib.containerd import RUNTIME
 from integration.lib.images import BUSYBOX_REFERENCE
 from integration.lib.kata import Kata
+from shimv2.api import task_v2_pb2
+from ttrpc.client import Client
+from ttrpc.errors import Code, RpcError
 
 
 def run_with(kata: Kata, config: Path, *command: str) -> str:
@@ -113,6 +117,38 @@ def test_the_same_id_in_another_namespace_is_refused_and_harms_nobody(kata: Kata
     assert kata.status(container_id) == "RUNNING"
     assert kata.execute(container_id, "echo", "alive").stdout == "alive\n"
     other.close()
+
+
+@pytest.mark.one_edition
+@pytest.mark.parametrize(
+    ("text", "needle"),
+    [
+        (b"{", "line 1"),
+        (b"[]", "must be an object"),
+        (b'{"ociVersion": "1.0.2", "process": {"args": "sh"}}', "process.args"),
+        (None, "config.json: No such file"),
+    ],
+)
+async def test_a_bundle_with_a_broken_config(
+    kata: Kata, prefix: Path, tmp_path: Path, text: bytes | None, needle: str
+) -> None:
+    """No engine writes one, so the shim is asked as an engine would."""
+    if text is not None:
+        (tmp_path / "config.json").write_bytes(text)
+    name = kata.new_id()
+    shim = prefix / "bin/containerd-shim-kata-v2"
+    words = ("-namespace", "default", "-id", name, "-address", "/run/nonesuch.sock")
+    started = await trio.run_process([shim, *words, "start"], cwd=tmp_path, capture_stdout=True)
+    address = started.stdout.decode().strip().removeprefix("unix://")
+    async with Client(await trio.open_unix_socket(address)) as client:
+        task = client.stub(task_v2_pb2.DESCRIPTOR.services_by_name["Task"])
+        with pytest.raises(RpcError) as caught:
+            await task.Create(
+                task_v2_pb2.CreateTaskRequest(id=name, bundle=str(tmp_path)), timeout=10
+            )
+        await task.Shutdown(task_v2_pb2.ShutdownRequest(id=name), timeout=10)
+    assert needle in caught.value.message
+    assert caught.value.code == Code.INVALID_ARGUMENT
 
 
 def _image() -> Path:

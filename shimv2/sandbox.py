@@ -390,7 +390,10 @@ class Sandbox:
         ):
             error, self._launch_error = self._launch_error, None
             raise error
-        spec = oci.load(Path(request.bundle))
+        try:
+            spec = oci.load(Path(request.bundle))
+        except FileNotFoundError as error:
+            raise oci.SpecError(f"{error.filename}: {error.strerror}") from None
         options = request.options.SerializeToString() if request.HasField("options") else b""
         life = await self._ensure_launched(spec, options)
         process = Process(
