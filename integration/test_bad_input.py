@@ -10,7 +10,8 @@ import trio
 
 from integration.lib.containerd import RUNTIME
 from integration.lib.images import BUSYBOX_REFERENCE
-from integration.lib.kata import Kata
+from integration.lib.kata import Kata, wait_until
+from integration.lib.leftovers import left_by
 from shimv2.api import task_v2_pb2
 from ttrpc.client import Client
 from ttrpc.errors import Code, RpcError
@@ -147,6 +148,7 @@ async def test_a_bundle_with_a_broken_config(
                 task_v2_pb2.CreateTaskRequest(id=name, bundle=str(tmp_path)), timeout=10
             )
         await task.Shutdown(task_v2_pb2.ShutdownRequest(id=name), timeout=10)
+    wait_until(lambda: not left_by(name), 10, "the shim is gone")
     assert needle in caught.value.message
     assert caught.value.code == Code.INVALID_ARGUMENT
 
