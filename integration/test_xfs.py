@@ -62,6 +62,8 @@ def test_root_file_systems_and_a_volume(
     direct_volume(prefix, "add", *path, "--mount-info", record(image, "xfs"))
     try:
         with kata.pod(flags=_FLAGS) as pod:
+            other = pod.start("sleep", "1000", flags=_FLAGS)
+            assert " / xfs rw" in kata.execute(other, "cat", "/proc/mounts").stdout
             before_it = set((place / "blockfile/snapshots").iterdir())
             mount = ("--mount", f"type=bind,src={volume},dst=/data,options=rbind:rw")
             member = pod.start("sleep", "1000", flags=(*_FLAGS, *mount))
