@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,33 @@ def test_a_clone_does_all_that_a_container_does(kata: Kata, made: Templates) -> 
     assert kata.delete(container) == 137
 
 
+@pytest.fixture
+def networks() -> Iterator[list[str]]:
+    """Two network namespaces with the two ends of a veth in each."""
+    names = [f"{Kata.mark}{number}" for number in range(2)]
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+            ends = ("eth0", "type", "veth", "peer", "name", "eth1")
+            subprocess.run(["ip", "-n", name, "link", "add", *ends], check=True)
+            for number, end in enumerate(("eth0", "eth1"), 1):
+                address = ("add", f"192.0.2.{number}/24", "dev", end)
+                subprocess.run(["ip", "-n", name, "address", *address], check=True)
+                subprocess.run(["ip", "-n", name, "link", "set", end, "up"], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False)
+
+
 @pytest.mark.one_edition
-def test_clones_share_nothing_that_identifies(kata: Kata, made: Templates, prefix: Path) -> None:
-    containers = [kata.start("sleep", "1000", flags=made.flags) for _ in range(2)]
+def test_clones_share_nothing_that_identifies(
+    kata: Kata, made: Templates, prefix: Path, networks: list[str]
+) -> None:
+    containers = [
+        kata.start("sleep", "1000", flags=(*made.flags, "--with-ns", f"network:/run/netns/{name}"))
+        for name in networks
+    ]
     assert [started(kata, container) for container in containers] == ["template"] * 2
     one, two = (console(prefix, container, _IDENTITY) for container in containers)
     assert set(one) == {"machine", "boot", "random", "cid", "mac", "date", "forked"}
@@ -107,6 +132,7 @@ def test_clones_share_nothing_that_identifies(kata: Kata, made: Templates, prefi
         assert one[name] != two[name], f"both have the {name} {one[name]}"
     assert len(one["machine"]) == 32
     macs = [set(facts["mac"].split(",")) - {"", "00:00:00:00:00:00"} for facts in (one, two)]
+    assert [len(addresses) for addresses in macs] == [2, 2]
     assert not macs[0] & macs[1]
     for facts in (one, two):
         assert int(facts["forked"]) >= 1, "the kernel heard of the clone (vmgenid)"
