@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -122,3 +123,23 @@ async def test_nothing_is_asked_of_a_lost_guest(guest: Any) -> None:
     with pytest.raises(RpcError, match="killed") as caught:
         await guest.call("SignalProcess", agent_pb2.SignalProcessRequest())
     assert caught.value.code == Code.UNAVAILABLE
+
+
+async def test_the_guest_s_clock_is_set_each_minute(
+    guest: Any, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Also after one time that failed."""
+    told: list[tuple[float, float]] = []
+
+    async def call(method: str, request: Any) -> None:
+        assert method == "SetGuestDateTime"
+        told.append((trio.current_time(), request.Sec + request.Usec / 1e6 - time.time()))
+        if len(told) == 1:
+            raise RpcError(Code.DEADLINE_EXCEEDED, "late")
+
+    monkeypatch.setattr(guest, "call", call)
+    started = trio.current_time()
+    with trio.move_on_after(190):
+        await guest._keep_time()
+    assert [round(at - started) for at, _ in told] == [60, 120, 180]
+    assert all(-1 < error <= 0 for _, error in told)
