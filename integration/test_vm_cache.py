@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from integration.conftest import edition_named
+from integration.lib.cri import CriNode
 from integration.lib.kata import Kata, wait_until
 from integration.lib.leftovers import left_by
 from integration.lib.templates import Templates, console, kind_of, started
@@ -36,11 +40,12 @@ class Cache:
     def log(self) -> str:
         return self.templates.file.with_name("cache.log").read_text()
 
-    def start(self) -> None:
+    def start(self, launcher: Sequence[str] = ()) -> None:
+        """Args: launcher: of the containerd whose shims it is to keep ready."""
         program = self.templates.prefix / "bin/kata-vm-cache"
         with self.templates.file.with_name("cache.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [program, "--config", self.templates.file], stdout=log, stderr=log
+                [*launcher, program, "--config", self.templates.file], stdout=log, stderr=log
             )
         self.wait_full()
 
@@ -116,6 +121,33 @@ def test_it_lives_in_the_pod_s_cgroups_and_network(kata: Kata, cache: Cache) -> 
     assert os.readlink(f"/proc/{told}/ns/net") != os.readlink("/proc/self/ns/net")
     os.kill(told, signal.SIGKILL)
     wait_until(lambda: kata.status(container) == "STOPPED", 10, "its sandbox ends with it")
+
+
+def test_a_pod_gets_its_network(templates: Templates, prefix: Path) -> None:
+    """The NIC, with a tap of the pod's namespace, is plugged into a VM that is not in there."""
+    cache = Cache(templates, 1)
+    with CriNode(edition_named("go"), prefix, configuration=templates.file) as node:
+        try:
+            cache.start(node.host.launcher)
+            (vmm,) = cache.ready()
+            pod = node.run_pod()
+            record = json.loads(Path(f"/run/vc/sbs/{pod}/state.json").read_text())["processes"]
+            assert record["vmm"][0] == vmm
+            assert b"shimv2.ready" in _parent(record["shim"][0])
+            text = "mkdir /w; echo hello >/w/index.html; exec httpd -f -p 80 -h /w"
+            container = node.start_container(pod, "sh", "-c", text)
+            listening = lambda: ":80 " in node.execute(container, "netstat", "-ltn")  # noqa: E731
+            wait_until(listening, 10, "the server listens")
+            assert node.address(pod) in node.execute(container, "ip", "address", "show", "eth0")
+            url = f"http://{node.address(pod)}/"
+            with node.host.call(lambda: urllib.request.urlopen(url, timeout=10)) as answer:
+                assert answer.read() == b"hello\n"
+            node.remove_pod(pod)
+            wait_until(lambda: not Path(f"/proc/{vmm}").exists(), 10, "the VM is gone")
+        finally:
+            cache.close()
+        left = node.clean()
+        assert not left, f"left behind: {left}"
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
