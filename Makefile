@@ -116,7 +116,8 @@ soak: go venv guest stage ## many pods, thousands of execs, and what is left of 
 
 bench: go venv guest stage ## the tables of figures, beside runc's (long; wants a quiet host)
 	$(BIN)/python -m integration.bench $(BENCH)
-	for kind in cold template cache; do $(BIN)/python -m integration.bench.density --kind $$kind || exit 1; done
+	for kind in cold template "template --ready-shims" cache; do \
+	    $(BIN)/python -m integration.bench.density --kind $$kind || exit 1; done
 	$(BIN)/python -m integration.bench.loss
 	$(BIN)/python -m integration.bench.guests
 

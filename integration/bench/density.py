@@ -64,10 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m integration.bench.density")
     parser.add_argument("--sandboxes", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--kind", choices=("cold", "template", "cache"), default="template")
+    parser.add_argument(
+        "--ready-shims", action="store_true", help="shims are forked (with the cache always)"
+    )
     parser.add_argument("--parallel", type=int, nargs="*", default=[1, 2, 4, 8])
     parser.add_argument("--prefix", type=Path, default=TREE / "build/prefix")
     parser.add_argument("--output", type=Path, default=TREE / "build/bench")
     args = parser.parse_args(arguments)
+    name = f"{args.kind}-ready-shims" if args.ready_shims else args.kind
     begin, load = time.monotonic(), os.getloadavg()[0]
     directory = Path(tempfile.mkdtemp(prefix="density-", dir="/run"))
     waiting = max(args.parallel, default=1) if args.kind == "cache" else 0
@@ -82,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             if args.kind != "cold":
                 subprocess.run([*kata_runtime, "init"], check=True, stdout=subprocess.DEVNULL)
-            if waiting:
+            if waiting or args.ready_shims:
                 stack.enter_context(vm_cache(args.prefix, configuration))
             containerd = stack.enter_context(
                 Containerd(
@@ -105,14 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         subprocess.run([*kata_runtime, "destroy"], check=True, stdout=subprocess.DEVNULL)
         shutil.rmtree(directory)
-    print(report(args.kind, costs, stops, together, detect().accelerator.value, load))
+    print(report(name, costs, stops, together, detect().accelerator.value, load))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"density-{args.kind}.json").write_text(
+    (args.output / f"density-{name}.json").write_text(
         json.dumps({"costs": [asdict(c) for c in costs], "stops": stops, "parallel": together})
     )
-    (args.output / f"density-{args.kind}.svg").write_text(plot(args.kind, costs))
+    (args.output / f"density-{name}.svg").write_text(plot(name, costs))
     print(
-        f"in {args.output}: density-{args.kind}.json, density-{args.kind}.svg;"
+        f"in {args.output}: density-{name}.json, density-{name}.svg;"
         f" {time.monotonic() - begin:.0f} s",
         file=sys.stderr,
     )
