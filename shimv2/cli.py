@@ -108,6 +108,8 @@ def main() -> NoReturn:
         status = run(sys.argv[1:])
     except UsageError as error:
         status = _fail(str(error))
+    except OSError as error:
+        status = _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
         status = _fail(f"{type(error).__name__}: {error}")
     sys.stdout.flush()

@@ -99,10 +99,17 @@ class SandboxRecord:
             self.processes[name] = (pid, started)
 
     def save(self) -> None:
-        """Write the record so that a reader sees the old or the new one, never a part."""
+        """Write the record so that a reader sees the old or the new one, never a part.
+
+        Raises:
+            OSError: it can't be written; names the file.
+        """
         data = {k: v for k, v in vars(self).items() if k != "sandbox_id"}
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(data))
+        try:
+            temporary.write_text(json.dumps(data))
+        except OSError as error:  # "no space left" does not say where
+            raise OSError(error.errno, error.strerror, str(temporary)) from error
         temporary.rename(self.path)
 
     @classmethod
@@ -136,6 +143,7 @@ def claim(record: SandboxRecord) -> None:
 
     Raises:
         SandboxInUseError: a living shim owns the id.
+        OSError: it can't be written; names the file, and nothing is left.
     """
     SANDBOXES.mkdir(mode=0o700, parents=True, exist_ok=True)
     for _ in range(2):
@@ -150,7 +158,11 @@ def claim(record: SandboxRecord) -> None:
                 ) from None
             remove_sandbox(record.sandbox_id)
             continue
-        record.save()
+        try:
+            record.save()
+        except OSError:
+            remove_sandbox(record.sandbox_id)
+            raise
         return
     raise SandboxInUseError(f"sandbox id {record.sandbox_id!r} is being started twice")
 

@@ -111,3 +111,17 @@ def test_a_broken_record_counts_as_none():
     state.sandbox_dir("s1").mkdir(parents=True)
     (state.sandbox_dir("s1") / "state.json").write_text("{")
     assert state.SandboxRecord.load("s1") is None
+
+
+def test_a_full_disk_is_named_and_nothing_is_left(directories, isolated):
+    from shimv2.mounts import mount
+
+    def body():
+        state.SANDBOXES.mkdir()
+        mount("tmpfs", state.SANDBOXES, "tmpfs", data="nr_blocks=1")
+        (state.SANDBOXES / "filler").write_bytes(bytes(4096))
+        with pytest.raises(OSError, match=r"No space left on device: '.*/s1/state\.tmp'"):
+            state.claim(record())
+        assert os.listdir(state.SANDBOXES) == ["filler"]
+
+    isolated(body)
