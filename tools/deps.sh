@@ -20,6 +20,7 @@ if [ "${2:-}" = test ]; then
   packages+=(
     crun            # the agent's tests run it on the host
     e2fsprogs xfsprogs  # disks of the tests and of the KVM lab
+    fdisk cpio      # to look into the guest's images
     gcc libc6-dev   # small programs that the tests run in containers
     containernetworking-plugins iptables  # networks of the pods in the tests
   )
