@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,24 @@ async def test_a_bundle_with_a_broken_config(
     wait_until(lambda: not left_by(name), 10, "the shim is gone")
     assert needle in caught.value.message
     assert caught.value.code == Code.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("filled", ["", "echo >/run/vc/filler;"], ids=["soon", "at-once"])
+@pytest.mark.one_edition
+def test_a_start_without_room_for_its_record(
+    kata: Kata, prefix: Path, tmp_path: Path, filled: str
+) -> None:
+    """A /run that gets full: one page is there, for the first record or not even for that."""
+    name = kata.new_id()
+    shim = prefix / "bin/containerd-shim-kata-v2"
+    words = f"-namespace default -id {name} -address /run/nonesuch.sock start"
+    script = f"mount -t tmpfs -o nr_blocks=1 tmpfs /run/vc; {filled} exec {shim} {words}"
+    command = ["unshare", "--mount", "sh", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"/run/vc/sbs/{name}/state.tmp: No space left on device" in done.stderr
+    assert not done.stdout
+    assert not left_by(name)
 
 
 def _image() -> Path:

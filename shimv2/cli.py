@@ -172,6 +172,7 @@ def _start(args: Arguments) -> int:
         SandboxInUseError,
         SandboxRecord,
         claim,
+        kill_processes,
         remove_sandbox,
     )
 
@@ -204,7 +205,7 @@ def _start(args: Arguments) -> int:
         _answer(address, params, bundle)
     except BaseException:
         record.add_process("shim", pid or os.getpid())
-        record.save()
+        kill_processes(record.processes)  # it may not have got on record
         if listener is not None:
             listener.close()
         remove_sandbox(args.id)
