@@ -28,7 +28,7 @@ PREPARE = "integration/kvmlab/files/prepare.sh"
 _SUITE = "integration/kvmlab/suite"
 #: Each has a machine of its own; run unless others are named.
 USUAL = (
-    *("smoke", "check", "channels", "cgroups", "pods", "hotplug"),
+    *("smoke", "check", "channels", "cgroups", "cache", "pods", "hotplug"),
     *("networks", "devmapper", "apparmor", "clock", "faults"),
 )
 SUITES = {name: [f"{_SUITE}/{name}.py"] for name in USUAL} | {
