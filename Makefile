@@ -23,7 +23,7 @@ TESTED  := rootfs-builder vmm $(filter-out vmm,$(ROOMS)) tools
 export PATH := $(CACHE)/go/toolchain/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help deps guest install uninstall stage run shell venv lint fmt typecheck imports deps-test \
+.PHONY: help deps virtiofsd guest install uninstall stage run shell venv lint fmt typecheck imports deps-test \
         unit integration test go critest bench soak proto docs clean kvmlab kvmlab-smoke kvmlab-shell
 .DELETE_ON_ERROR:
 
@@ -72,7 +72,10 @@ go:
 deps-test:
 	@PYTHON=$(PYTHON) tools/deps.sh $(KERNEL) test
 
-test: deps-test go venv guest ## all checks and all tests, those with VMs and containerd included
+virtiofsd: ## the virtiofsd in Rust, for the tests, into the cache
+	@$(PYTHON) tools/rust_virtiofsd.py "$(CACHE)"
+
+test: deps-test go virtiofsd venv guest ## all checks and all tests, those with VMs and containerd included
 	@$(MAKE) --no-print-directory lint typecheck imports unit
 	@$(MAKE) --no-print-directory integration kvmlab-smoke
 
@@ -114,7 +117,7 @@ critest: go venv guest stage ## cri-tools' critest, with both sandboxers of cont
 soak: go venv guest stage ## many pods, thousands of execs, and what is left of them (half an hour)
 	$(BIN)/python -m integration.soak $(SOAK)
 
-bench: go venv guest stage ## the tables of figures, beside runc's (long; wants a quiet host)
+bench: go virtiofsd venv guest stage ## the tables of figures, beside runc's (long; wants a quiet host)
 	$(BIN)/python -m integration.bench $(BENCH)
 	for kind in cold template "template --ready-shims" cache; do \
 	    $(BIN)/python -m integration.bench.density --kind $$kind || exit 1; done

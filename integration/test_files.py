@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import subprocess
@@ -12,7 +13,11 @@ from pathlib import Path
 import pytest
 
 from integration.lib import programs
+from integration.lib.images import cache_dir
 from integration.lib.kata import Kata
+from integration.lib.templates import Templates
+
+RUST_VIRTIOFSD = cache_dir() / "virtiofsd/virtiofsd"
 
 
 def bind(source: Path, destination: str, options: str = "rbind:rw") -> tuple[str, str]:
@@ -137,3 +142,24 @@ def test_equal_inode_numbers_are_two_files(kata: Kata, twins: list[Path]) -> Non
         kata.execute(one, "sh", "-c", "echo changed > /one/name")
         assert kata.execute(both, "cat", "/one/name", "/two/name").stdout == "changed\ntwo\n"
         assert [file.read_text() for file in twins] == ["changed\n", "two\n"]
+
+
+@pytest.mark.one_edition
+def test_the_virtiofsd_in_rust_serves_too(kata: Kata, volume: Path, templates: Templates) -> None:
+    """Debian 12 has the one in C; with newer releases, and Kata's packages, comes this one."""
+    if not RUST_VIRTIOFSD.exists():
+        pytest.skip(f"{RUST_VIRTIOFSD} is not there: run `make virtiofsd`")
+    templates.set("factory", enable_template=False)
+    templates.set(
+        "hypervisor.qemu", virtio_fs_daemon=str(RUST_VIRTIOFSD), virtio_fs_cache="metadata"
+    )
+    script = (
+        "dd if=/dev/urandom of=/v/data bs=1M count=8 2>/dev/null; ln /v/data /v/b; sha256sum /v/b"
+    )
+    flags = (*bind(volume, "/v"), *templates.flags)
+    container = kata.start("sleep", "1000", flags=flags)
+    told = kata.execute(container, "sh", "-c", script).stdout.split()[0]
+    assert hashlib.sha256((volume / "data").read_bytes()).hexdigest() == told
+    command = Path(f"/proc/{kata.pid_of(container, 'virtiofsd')}/cmdline").read_text()
+    assert str(RUST_VIRTIOFSD.parent) in command
+    assert "--cache=metadata" in command

@@ -30,7 +30,7 @@ from integration.lib.programs import build
 from vmm.accelerator import detect
 
 TREE = Path(__file__).resolve().parent.parent.parent
-RUST = cache_dir() / "cargo/bin/virtiofsd"
+RUST = cache_dir() / "virtiofsd/virtiofsd"
 _REFERENCE = "localhost/work:latest"
 _AT_ONCE = 16
 _DISK = "disk"

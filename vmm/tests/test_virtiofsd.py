@@ -22,7 +22,7 @@ from vmm.virtiofsd import Flavor, Virtiofsd, command_line, detect_flavor
 CACHE = Path(os.environ.get("PYKATA_CACHE", Path.home() / ".cache" / "pykata"))
 BINARIES = {
     Flavor.C: Path("/usr/lib/qemu/virtiofsd"),
-    Flavor.RUST: CACHE / "cargo" / "bin" / "virtiofsd",
+    Flavor.RUST: CACHE / "virtiofsd" / "virtiofsd",
 }
 
 
