@@ -104,7 +104,7 @@ fmt: venv ## let ruff format and mend
 
 typecheck: venv ## mypy, strict
 	$(BIN)/mypy $(ROOMS) integration/lib integration/bench integration/critest integration/soak.py tools/install.py tools/run.py
-	MYPYPATH=rootfs-builder $(BIN)/mypy integration/kvmlab
+	MYPYPATH=rootfs-builder $(BIN)/mypy integration/kvmlab tools/rust_virtiofsd.py
 	cd rootfs-builder && $(CURDIR)/$(BIN)/mypy --config-file ../pyproject.toml guestbuild
 
 imports: venv ## which package may know which
