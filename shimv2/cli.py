@@ -186,17 +186,17 @@ def _start(args: Arguments) -> int:
     listener = None
     try:
         listener = _listen(path)
-        recorded, recorded_write = os.pipe()
         if os.path.isdir(READY_SHIMS):
             from shimv2.ready.hand_over import ready_shim
 
-            pid = ready_shim(sys.argv[1:], stdin, listener, recorded)
+            pid, recorded_write = ready_shim(sys.argv[1:], stdin, listener)
         if not pid:
+            recorded, recorded_write = os.pipe()
             pid = os.fork()
             if pid == 0:
                 os.close(recorded_write)
                 serve(args, params, listener, recorded)
-        os.close(recorded)
+            os.close(recorded)
         record.add_process("shim", pid)
         record.save()
         os.write(recorded_write, b"1")  # from here on the record is the child's

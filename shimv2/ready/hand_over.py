@@ -35,19 +35,33 @@ def socket_path() -> str:
     return path if len(path) <= _SUN_PATH else ""
 
 
-def ready_shim(argv: list[str], stdin: bytes, listener: socket.socket, recorded: int) -> int:
-    """The pid of a shim that serves `listener` once `recorded` says so; 0 if there is none.
+def ready_shim(argv: list[str], stdin: bytes, listener: socket.socket) -> tuple[int, int]:
+    """Ask for a shim that serves `listener`.
 
     Args:
         argv: ``start``'s flags.
         stdin: what containerd has sent to ``start``.
-        recorded: reading end of a pipe; at its end without a byte the shim ends too.
+
+    Returns:
+        Its pid, 0 if there is none, and the writing end of a pipe: with a byte in it the shim
+        serves, at its end without one the shim ends too.  No other shim reads that pipe, so
+        one whose answer comes too late can't take the byte of its successor.
     """
-    path = socket_path()
+    recorded, record = os.pipe()
+    try:
+        pid = _ask(argv, stdin, [listener.fileno(), recorded])
+    finally:
+        os.close(recorded)
+    if not pid:
+        os.close(record)
+    return pid, record
+
+
+def _ask(argv: list[str], stdin: bytes, descriptors: list[int]) -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as nursery:
         nursery.settimeout(ANSWER_LIMIT)
         try:
-            nursery.connect(path)
+            nursery.connect(socket_path())
         except OSError:  # the usual case: nobody keeps ready shims here
             return 0
         try:
@@ -62,7 +76,7 @@ def ready_shim(argv: list[str], stdin: bytes, listener: socket.socket, recorded:
             ).encode()
             if len(request) > MAX_MESSAGE:
                 return 0
-            socket.send_fds(nursery, [request], [listener.fileno(), recorded])
+            socket.send_fds(nursery, [request], descriptors)
             answer = json.loads(nursery.recv(MAX_MESSAGE))
             return int(answer.get("pid", 0))
         except (OSError, ValueError):

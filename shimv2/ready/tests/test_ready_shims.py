@@ -109,14 +109,18 @@ class Start:
         self.listener = socket.socket(socket.AF_UNIX)
         self.listener.bind(str(self.address))
         self.listener.listen()
-        self.recorded, self.record = os.pipe()
+        self._records: list[int] = []
 
-    def ask(self, stdin: bytes = b"") -> int:
-        argv = ["-namespace", "ns", "-id", "web", "start"]
-        return hand_over.ready_shim(argv, stdin, self.listener, self.recorded)
+    def ask(self, stdin: bytes = b"", bundle: str = "") -> int:
+        argv = ["-namespace", "ns", "-id", "web", *(["-bundle", bundle] if bundle else ()), "start"]
+        pid, record = hand_over.ready_shim(argv, stdin, self.listener)
+        if pid:
+            self._records.append(record)
+        return pid
 
     def told(self) -> dict[str, Any]:
-        os.write(self.record, b"1")
+        """By the shim that was asked for last."""
+        os.write(self._records[-1], b"1")
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(_LIMIT)
             client.connect(str(self.address))
@@ -125,8 +129,8 @@ class Start:
 
     def close(self) -> None:
         self.listener.close()
-        os.close(self.recorded)
-        os.close(self.record)
+        for fd in self._records:
+            os.close(fd)
 
 
 @pytest.fixture
@@ -294,6 +298,12 @@ def test_a_nursery_that_does_not_answer(directory: Path, start: Start, monkeypat
         silent.listen()
         assert start.ask() == 0
         peer, _ = silent.accept()
-        peer.close()
+        with peer:
+            _, (listener, recorded) = hand_over.receive(peer)
+            os.close(listener)
+            # A shim that comes too late is never on record, whatever `start` does by itself.
+            assert select.select([recorded], [], [], _LIMIT)[0]
+            assert os.read(recorded, 1) == b""
+            os.close(recorded)
     os.unlink(hand_over.socket_path())
     assert start.ask() == 0
