@@ -90,6 +90,8 @@ def receive(peer: socket.socket) -> tuple[dict[str, Any], list[int]]:
         OSError, ValueError: it is none.
     """
     data, descriptors, flags, _ = socket.recv_fds(peer, MAX_MESSAGE, 2)
+    for fd in descriptors:
+        os.set_inheritable(fd, False)  # they came without FD_CLOEXEC
     try:
         if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or len(descriptors) != 2:
             raise ValueError("not a request for a shim")

@@ -38,6 +38,7 @@ def tell(args, params, listener, recorded):
             "options": params.options.decode("latin-1"),
             "inherited": likeness.inherited(),
             "cmdline": open("/proc/self/cmdline").read().rstrip("\\0").split("\\0"),
+            "passed on": [fd for fd in (listener.fileno(), recorded) if os.get_inheritable(fd)],
             "child": int(signal.getsignal(signal.SIGCHLD)),
             "pid": os.getpid(),
         }).encode())
@@ -181,6 +182,7 @@ def test_it_is_as_start_would_have_made_it(nursery, start: Start, tmp_path: Path
         assert told["cmdline"] == [
             *("containerd-shim-kata-v2", "-namespace", "ns", "-id", "web", "start")
         ]
+        assert told["passed on"] == []
         assert told["child"] == signal.SIG_DFL
 
     in_a_child(body)
