@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that has imported all that a shim needs, and forks one for each ``start``.
 
-It has one thread, never runs trio itself, and ends when its stdin does.  Nothing of a sandbox is
+It has one thread, never runs trio itself, and ends when its stdin does, or by SIGTERM.  Nothing of a sandbox is
 ever read in it: the fork is made first, and the child reads the request.
 """
 
@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,7 @@ _WANTED = (
 FILLER = "x" * 400
 """Last argument of the nursery's command line: room for a shim's, which the child writes there."""
 _REQUEST_LIMIT = 5.0  # seconds
+_ACCEPT_PAUSE = 0.1  # seconds, where there is no descriptor for another peer
 
 
 def main() -> int:
@@ -50,7 +52,8 @@ def main() -> int:
     code = likeness.code()
     for name in _WANTED:
         __import__(name)
-    with _only_one(os.path.dirname(path)) as first:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), _only_one(os.path.dirname(path)) as first:
         if not first:
             print("another process keeps ready shims of this installation", file=sys.stderr)
             return 0
@@ -77,12 +80,14 @@ def _only_one(directory: str) -> Iterator[bool]:
             same = False  # it is in use, or its owner has just taken it away
         if same:
             _empty(directory)
-        yield same
-        if same:
-            _empty(directory)
-            with contextlib.suppress(OSError):
-                os.rmdir(directory)
-                os.rmdir(READY_SHIMS)  # unless another installation has something there
+        try:
+            yield same
+        finally:
+            if same:
+                _empty(directory)
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
+                    os.rmdir(READY_SHIMS)  # unless another installation has something there
     finally:
         os.close(fd)
 
@@ -97,10 +102,24 @@ def _serve(listener: socket.socket, code: list[object]) -> None:
         readable, _, _ = select.select([listener.fileno(), 0], [], [])
         if 0 in readable:
             return
-        peer, _ = listener.accept()
+        try:
+            peer, _ = listener.accept()
+        except OSError as error:
+            _say(error)
+            time.sleep(_ACCEPT_PAUSE)
+            continue
         with peer:
-            if _user_of(peer) == 0 and os.fork() == 0:
+            try:
+                forked = _user_of(peer) == 0 and os.fork() == 0
+            except OSError as error:  # no memory or process left; `start` will say so if it lasts
+                _say(error)
+                continue
+            if forked:
                 _child(peer, code)
+
+
+def _say(error: Exception) -> None:
+    print(f"no ready shim: {error}", file=sys.stderr, flush=True)
 
 
 def _user_of(peer: socket.socket) -> int:
@@ -111,21 +130,25 @@ def _user_of(peer: socket.socket) -> int:
 def _child(peer: socket.socket, code: list[object]) -> None:
     """Become the shim that `peer` asks for; never returns."""
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in (signal.SIGCHLD, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        # The nursery's lock and socket are not ours to keep when it is killed.
+        os.closerange(3, peer.fileno())
+        os.closerange(peer.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         peer.settimeout(_REQUEST_LIMIT)
         request, (listener_fd, recorded) = hand_over.receive(peer)
         try:
             _compare(request, code)
             likeness.take_over(request["inherited"])
-        except (likeness.DifferentError, OSError, KeyError, TypeError, ValueError) as error:
-            print(f"no ready shim: {error}", file=sys.stderr, flush=True)
+            argv = [str(word) for word in request["argv"]]
+            args = cli.Arguments(argv)
+            params = parse_params(str(request["stdin"]).encode("latin-1"), args.id, args.namespace)
+            _rename(argv)
+        except Exception as error:
+            _say(error)
             peer.send(json.dumps({"error": str(error)}).encode())
             os._exit(1)
-        argv = [str(word) for word in request["argv"]]
-        _rename(argv)
         peer.send(json.dumps({"pid": os.getpid()}).encode())
-        args = cli.Arguments(argv)
-        params = parse_params(str(request["stdin"]).encode("latin-1"), args.id, args.namespace)
         cli.serve(args, params, socket.socket(fileno=listener_fd), recorded)
     finally:
         os._exit(1)
@@ -148,6 +171,6 @@ def _rename(argv: list[str]) -> None:
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     begin, end = int(fields[45]), int(fields[46])  # arg_start, arg_end: 48 and 49 in proc(5)
-    line = b"\0".join(word.encode() for word in (SHIM_BINARY, *argv))
+    line = b"\0".join(os.fsencode(word) for word in (SHIM_BINARY, *argv))
     room = end - begin
     ctypes.memmove(begin, line[: room - 1].ljust(room, b"\0"), room)

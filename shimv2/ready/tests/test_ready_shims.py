@@ -37,14 +37,20 @@ def tell(args, params, listener, recorded):
             "id": args.id,
             "options": params.options.decode("latin-1"),
             "inherited": likeness.inherited(),
-            "cmdline": open("/proc/self/cmdline").read().rstrip("\\0").split("\\0"),
+            "cmdline": os.fsdecode(open("/proc/self/cmdline", "rb").read()).rstrip("\\0").split("\\0"),
             "passed on": [fd for fd in (listener.fileno(), recorded) if os.get_inheritable(fd)],
             "child": int(signal.getsignal(signal.SIGCHLD)),
             "pid": os.getpid(),
         }).encode())
     os._exit(0)
 
+def fork(real=os.fork):
+    if os.path.exists(sys.argv[1] + ".no-fork"):
+        raise BlockingIOError("no process left")
+    return real()
+
 cli.serve = tell
+os.fork = fork
 sys.exit(nursery.main())
 """
 
@@ -171,8 +177,9 @@ def test_it_is_as_start_would_have_made_it(nursery, start: Start, tmp_path: Path
         resource.setrlimit(resource.RLIMIT_NOFILE, (300, 400))
         os.environ["ONLY_HERE"] = "yes"
         os.environ.pop("HOME", None)
+        os.environb[b"NOT_UTF8"] = b"\xff"
         expected = likeness.inherited()
-        pid = start.ask(b"\xff options")
+        pid = start.ask(b"\xff options", bundle="\udcff")
         assert pid > 0, nursery.said()
         told = start.told()
         assert told["pid"] == pid
@@ -180,7 +187,16 @@ def test_it_is_as_start_would_have_made_it(nursery, start: Start, tmp_path: Path
         assert told["options"].encode("latin-1") == b"\xff options"
         assert told["inherited"] == json.loads(json.dumps(expected))
         assert told["cmdline"] == [
-            *("containerd-shim-kata-v2", "-namespace", "ns", "-id", "web", "start")
+            *(
+                "containerd-shim-kata-v2",
+                "-namespace",
+                "ns",
+                "-id",
+                "web",
+                "-bundle",
+                "\udcff",
+                "start",
+            )
         ]
         assert told["passed on"] == []
         assert told["child"] == signal.SIG_DFL
@@ -283,6 +299,55 @@ def test_the_nursery_ends_with_its_stdin_and_its_shims_do_not(
     assert not directory.exists()
     assert start.told()["id"] == "web"
     assert start.ask() == 0
+
+
+def test_a_nursery_that_is_told_to_end_leaves_nothing(directory: Path) -> None:
+    nursery = Nursery(directory)
+    nursery.wait_ready()
+    nursery.process.terminate()
+    nursery.process.wait(_LIMIT)
+    assert not directory.exists()
+    assert nursery.said() == ""
+    nursery.end()
+
+
+def test_a_nursery_that_is_killed_has_a_successor_at_once(directory: Path, start: Start) -> None:
+    """Also while a shim of it waits for its record."""
+    nursery = Nursery(directory)
+    nursery.wait_ready()
+    assert start.ask() > 0
+    nursery.process.kill()
+    nursery.end()
+    successor = Nursery(directory)
+    while not start.ask():
+        assert successor.process.poll() is None, successor.said()
+        select.select([], [], [], 0.01)
+    start.told()
+    successor.end()
+
+
+def test_a_nursery_without_descriptors_waits_for_one(nursery, start: Start, monkeypatch) -> None:
+    pid = nursery.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = len(os.listdir(f"/proc/{pid}/fd"))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used, limits[1]))
+    with monkeypatch.context() as patched:
+        patched.setattr(hand_over, "ANSWER_LIMIT", 0.3)
+        assert start.ask() == 0
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+    assert start.ask() > 0
+    start.told()
+    assert 1 <= nursery.said().count("Too many open files") < 20
+
+
+def test_a_nursery_that_can_t_fork_goes_on(nursery, start: Start) -> None:
+    obstacle = nursery.directory.with_name(nursery.directory.name + ".no-fork")
+    obstacle.touch()
+    assert start.ask() == 0
+    assert "no process left" in nursery.said()
+    obstacle.unlink()
+    assert start.ask() > 0
+    start.told()
 
 
 def test_a_second_nursery_leaves_the_first_alone(nursery, start: Start) -> None:
