@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
-# Of /proc/self/status: credentials (Groups too), capabilities, seccomp.
-_STATUS = ("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp")
+# Of /proc/self/status, beside capabilities.  Seccomp's filters can't be read, only counted.
+_STATUS = (
+    *("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "SigBlk", "SigIgn"),
+    *("THP_enabled", "Speculation_Store_Bypass", "SpeculationIndirectBranch"),
+)
+# In /proc/self; where a kernel lacks one both lack it.
+_FILES = ("attr/current", "coredump_filter", "loginuid", "personality", "timerslack_ns")
 _CGROUP_ROOT = "/sys/fs/cgroup"
 
 
@@ -26,8 +32,6 @@ class DifferentError(Exception):
 
 def code() -> list[object]:
     """What tells this installation, and each update of it, from any other."""
-    import sys
-
     library = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     manifest = os.path.join(library, "MANIFEST.json")  # written anew by each `make install`
     status = os.stat(manifest if os.path.exists(manifest) else __file__)
@@ -35,7 +39,10 @@ def code() -> list[object]:
 
 
 def fixed() -> dict[str, object]:
-    """What a process can't take over from another: its namespaces, rights and confinement."""
+    """What a process can't take over from another: its namespaces, rights and confinement.
+
+    Nor what can be, but hardly ever differs.
+    """
     found: dict[str, object] = {}
     for name in _NAMESPACES:
         try:
@@ -47,11 +54,14 @@ def fixed() -> dict[str, object]:
             name, _, value = line.partition(":")
             if name in _STATUS or name.startswith("Cap"):
                 found[name] = value.strip()
-    try:
-        with open("/proc/self/attr/current") as file:
-            found["security label"] = file.read().strip("\0\n")
-    except OSError:  # no security module
-        found["security label"] = ""
+    for name in _FILES:
+        try:
+            with open(f"/proc/self/{name}") as file:
+                found[name] = file.read().strip("\0\n")
+        except OSError:
+            found[name] = ""
+    found["scheduling"] = [os.sched_getscheduler(0), os.sched_getparam(0).sched_priority]
+    found["encoding"] = sys.getfilesystemencoding()
     root = os.stat("/")
     found["root directory"] = [root.st_dev, root.st_ino]
     return found

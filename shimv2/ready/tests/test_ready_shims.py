@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -22,6 +23,8 @@ from shimv2.ready import hand_over, likeness
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the nursery serves root only")
 
 _LIMIT = 20  # seconds, on a busy host
+_PR_SET_THP_DISABLE = 41
+_PER_LINUX32 = 0x8
 _NURSERY = """
 import json, os, signal, socket, sys
 import shimv2.state
@@ -275,6 +278,57 @@ def test_where_it_can_t_be_alike_there_is_none(
     assert said in nursery.said()
     assert start.ask() > 0
     start.told()
+
+
+def _ignore_a_signal() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
+
+def _block_a_signal() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+
+
+def _schedule_as_batch() -> None:
+    os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
+def _have_slack() -> None:
+    Path("/proc/self/timerslack_ns").write_text("60000")
+
+
+def _have_full_dumps() -> None:
+    Path("/proc/self/coredump_filter").write_text("0x7f")
+
+
+def _have_no_huge_pages() -> None:
+    assert ctypes.CDLL(None).prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0) == 0
+
+
+def _be_32_bit() -> None:
+    assert ctypes.CDLL(None).personality(_PER_LINUX32) >= 0
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_ignore_a_signal, "SigIgn"),
+        (_block_a_signal, "SigBlk"),
+        (_schedule_as_batch, "scheduling"),
+        (_have_slack, "timerslack_ns"),
+        (_have_full_dumps, "coredump_filter"),
+        (_have_no_huge_pages, "THP_enabled"),
+        (_be_32_bit, "personality"),
+    ],
+)
+def test_what_hardly_ever_differs(
+    nursery, start: Start, change: Callable[[], None], said: str
+) -> None:
+    def body() -> None:
+        change()
+        assert start.ask() == 0
+
+    in_a_child(body)
+    assert said in nursery.said()
 
 
 @pytest.mark.parametrize("junk", [b"", b"{", b"[]", b"x" * (hand_over.MAX_MESSAGE // 2)])
