@@ -7,6 +7,8 @@ seldom called imports its module when it is.
 
 from __future__ import annotations
 
+import os
+
 from google.protobuf import empty_pb2
 
 from agent.api import agent_pb2, health_pb2
@@ -62,6 +64,7 @@ class AgentService:
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
+        self._cpus_came = False  # since the boot
 
     # --- containers and processes -------------------------------------------------------
 
@@ -178,7 +181,12 @@ class AgentService:
     def UpdateInterface(self, request: Any) -> Answer:
         from agent import network
 
-        return network.update_interface(request.interface, self._sandbox.config.hotplug_timeout)
+        made = yield from network.update_interface(
+            request.interface, self._sandbox.config.hotplug_timeout
+        )
+        if self._cpus_came:
+            self._spread_queues()
+        return made
 
     def UpdateRoutes(self, request: Any) -> Answer:
         from agent import routes
@@ -240,7 +248,16 @@ class AgentService:
         from agent import resources
 
         cgroups = [container.cgroup for container in self._sandbox.containers.values()]
-        return _then_empty(resources.online_cpu_mem(request, cgroups))
+        yield from resources.online_cpu_mem(request, cgroups)
+        if request.nb_cpus:
+            self._cpus_came = True
+            self._spread_queues()
+        return _EMPTY
+
+    def _spread_queues(self) -> None:
+        from agent import queues
+
+        queues.follow_cpus(os.cpu_count() or 1)
 
     def ReseedRandomDev(self, request: Any) -> Answer:
         from agent import clock

@@ -77,8 +77,9 @@ class Volumes:
         self.run(container, f"{command} > {log} 2>&1 &")
 
 
-def _prepare(root: Path) -> ConfigMap:
-    for name in ("dir", "neighbours", "ro", "propagated", "kubernetes.io~empty-dir/disk"):
+def _prepare(root: Path, disk: Path) -> ConfigMap:
+    """Args: disk: a directory that is in no memory; `root` may be, as /run mostly is."""
+    for name in ("dir", "neighbours", "ro", "propagated"):
         (root / name).mkdir(parents=True)
     (root / "secret").write_text("of the host")
     (root / "dir/out").symlink_to(root / "secret")
@@ -89,6 +90,7 @@ def _prepare(root: Path) -> ConfigMap:
     _bind(root / "dir/sub", root / "subpath")
     _mount("tmpfs", "inner", root / "ro/inner")
     empty = root / "kubernetes.io~empty-dir"
+    _bind(disk, empty / "disk")
     _mount("tmpfs", "tmpfs", empty / "memory", f"size={8 * _MIB}")
     _mount("hugetlbfs", "nodev", empty / "huge", f"pagesize=2M,size={4 * _MIB}")
     return ConfigMap(root / "kubernetes.io~configmap/config")
@@ -127,8 +129,9 @@ def volumes(node: CriNode) -> Iterator[Volumes]:
         root = Path(
             stack.enter_context(tempfile.TemporaryDirectory(dir=node.directory, prefix=node.mark))
         )
+        disk = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/var/tmp")))
         stack.callback(_unmount_below, root)
-        found = Volumes(node, root, _prepare(root))
+        found = Volumes(node, root, _prepare(root, disk))
         found.pod = node.run_pod(linux={"security_context": {"privileged": True}})
         stack.callback(node.remove_pod, found.pod)
         privileged = {"security_context": {"privileged": True}}  # Bidirectional needs it
