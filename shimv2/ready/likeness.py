@@ -32,10 +32,10 @@ class DifferentError(Exception):
 
 def code() -> list[object]:
     """What tells this installation, and each update of it, from any other."""
-    library = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    manifest = os.path.join(library, "MANIFEST.json")  # written anew by each `make install`
-    status = os.stat(manifest if os.path.exists(manifest) else __file__)
-    return [library, status.st_ino, status.st_mtime_ns, sys.executable, sys.version]
+    file = os.path.abspath(__file__)  # made anew by each `make install`, with all the others
+    library = os.path.dirname(os.path.dirname(os.path.dirname(file)))
+    status = os.stat(file)
+    return [library, status.st_ino, status.st_ctime_ns, sys.executable, sys.version]
 
 
 def fixed() -> dict[str, object]:

@@ -43,20 +43,15 @@ _REQUEST_LIMIT = 5.0  # seconds
 _ACCEPT_PAUSE = 0.1  # seconds, where there is no descriptor for another peer
 
 
-def main() -> int:
-    """Serve until stdin ends; returns the exit status."""
+def main(code: list[object]) -> int:
+    """Serve until stdin ends; returns the exit status, 0 also where another process serves."""
     path = hand_over.socket_path()
-    if not path:
-        print(f"the path of this installation is too long: {likeness.code()[0]}", file=sys.stderr)
-        return 1
-    code = likeness.code()
-    for name in _WANTED:
-        __import__(name)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), _only_one(os.path.dirname(path)) as first:
         if not first:
-            print("another process keeps ready shims of this installation", file=sys.stderr)
             return 0
+        for name in _WANTED:
+            __import__(name)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
             listener.bind(path)
             listener.listen(64)

@@ -54,7 +54,7 @@ def fork(real=os.fork):
 
 cli.serve = tell
 os.fork = fork
-sys.exit(nursery.main())
+sys.exit(nursery.main(likeness.code()))
 """
 
 
