@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``start`` asks for a ready shim: one message each way over a socket of packets.
+"""``start`` asks for a ready shim, over a socket of packets.
 
-The request is JSON with two descriptors, the shim's listening socket and the pipe by which
+First the shim, just forked, sends `HERE`: a descriptor that was sent to a process that is stopped
+would be open as long as that is, and a socket be listened on that nobody serves.  The request is JSON with two descriptors, the shim's listening socket and the pipe by which
 ``start`` tells it that it is on record.  The answer is ``{"pid": PID}``, sent by the shim itself
 once it is as ``start`` would have made it, or ``{"error": TEXT}``.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 ANSWER_LIMIT = 1.0
 """Seconds for a fork and some system calls; then ``start`` goes on without."""
 MAX_MESSAGE = 192 << 10  # bytes; half of it may be the environment, and sockets take 208 KiB
+HERE = b"here"
 _SUN_PATH = 107
 
 
@@ -74,7 +76,7 @@ def _ask(argv: list[str], stdin: bytes, descriptors: list[int]) -> int:
                     "inherited": likeness.inherited(),
                 }
             ).encode()
-            if len(request) > MAX_MESSAGE:
+            if len(request) > MAX_MESSAGE or nursery.recv(len(HERE)) != HERE:
                 return 0
             socket.send_fds(nursery, [request], descriptors)
             answer = json.loads(nursery.recv(MAX_MESSAGE))

@@ -131,6 +131,7 @@ def _child(peer: socket.socket, code: list[object]) -> None:
         os.closerange(3, peer.fileno())
         os.closerange(peer.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         peer.settimeout(_REQUEST_LIMIT)
+        peer.send(hand_over.HERE)
         request, (listener_fd, recorded) = hand_over.receive(peer)
         try:
             _compare(request, code)

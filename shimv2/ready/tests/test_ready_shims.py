@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,7 @@ def test_junk_harms_nobody(nursery, start: Start, junk: bytes) -> None:
         if junk:
             peer.send(junk)
             peer.settimeout(_LIMIT)
+            assert peer.recv(100) == hand_over.HERE
             assert peer.recv(100) == b""
     assert start.ask() > 0
     start.told()
@@ -411,20 +413,50 @@ def test_a_second_nursery_leaves_the_first_alone(nursery, start: Start) -> None:
     start.told()
 
 
-def test_a_nursery_that_does_not_answer(directory: Path, start: Start, monkeypatch) -> None:
-    monkeypatch.setattr(hand_over, "ANSWER_LIMIT", 0.05)
-    Path(hand_over.socket_path()).parent.mkdir(parents=True)
+@pytest.fixture
+def silent(directory: Path, monkeypatch) -> Iterator[socket.socket]:
+    """What a nursery listens on that doesn't answer."""
+    monkeypatch.setattr(hand_over, "ANSWER_LIMIT", 0.1)
+    path = hand_over.socket_path()
+    Path(path).parent.mkdir(parents=True)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as silent:
-        silent.bind(hand_over.socket_path())
+        silent.bind(path)
         silent.listen()
-        assert start.ask() == 0
+        yield silent
+
+
+def test_a_nursery_that_is_stopped_gets_no_descriptors(silent, start: Start) -> None:
+    """Else the shim's socket would be listened on after the end of the shim."""
+    assert start.ask() == 0
+    peer, _ = silent.accept()
+    with peer:
+        assert peer.recv(1) == b""
+
+
+def test_a_shim_that_comes_too_late_is_never_on_record(silent, start: Start) -> None:
+    """Whatever `start` does by itself meanwhile."""
+    found: list[int] = []
+
+    def serve() -> None:
         peer, _ = silent.accept()
         with peer:
-            _, (listener, recorded) = hand_over.receive(peer)
-            os.close(listener)
-            # A shim that comes too late is never on record, whatever `start` does by itself.
-            assert select.select([recorded], [], [], _LIMIT)[0]
-            assert os.read(recorded, 1) == b""
-            os.close(recorded)
-    os.unlink(hand_over.socket_path())
+            peer.send(hand_over.HERE)
+            _, descriptors = hand_over.receive(peer)
+            found.extend(descriptors)
+            peer.settimeout(_LIMIT)
+            peer.recv(1)  # `start` gives up
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    assert start.ask() == 0
+    thread.join()
+    listener, recorded = found
+    assert select.select([recorded], [], [], _LIMIT)[0]
+    assert os.read(recorded, 1) == b""
+    for fd in (listener, recorded):
+        os.close(fd)
+
+
+def test_a_socket_that_nobody_listens_on(silent, start: Start) -> None:
+    silent.close()
     assert start.ask() == 0
