@@ -83,10 +83,14 @@ def cache(kata: Kata, templates: Templates) -> Iterator[Cache]:
     assert not left, f"left behind: {left}"
 
 
+def _parent_pid(pid: int) -> int:
+    (line,) = (x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if "PPid:" in x)
+    return int(line.split()[1])
+
+
 def _parent(pid: int) -> bytes:
     """The command line of its parent."""
-    (line,) = (x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if "PPid:" in x)
-    return Path(f"/proc/{line.split()[1]}/cmdline").read_bytes()
+    return Path(f"/proc/{_parent_pid(pid)}/cmdline").read_bytes()
 
 
 def test_a_cached_vm_is_used_once_and_replaced(kata: Kata, cache: Cache) -> None:
@@ -157,7 +161,9 @@ def test_the_end_of_the_cache_harms_no_sandbox(kata: Kata, cache: Cache, number:
     assert started(kata, container) == "cache"
     cache.wait_full()
     (pooled,) = cache.ready()
+    nursery = _parent_pid(kata.pid_of(container, "shim"))
     cache.end(number)
+    wait_until(lambda: not Path(f"/proc/{nursery}").exists(), 10, "no shims are kept ready")
     wait_until(lambda: not Path(f"/proc/{pooled}").exists(), 10, "the pooled VM is gone")
     assert kata.execute(container, "echo", "alive").stdout == "alive\n"
     # Without a cache the next sandbox is cloned; a new cache clears what the old one left.

@@ -53,9 +53,11 @@ def test_a_service_hands_over_vms_and_shims(kata: Kata, configuration: Path) -> 
     words = command_line(vmm)
     assert words[words.index("-accel") + 1] == "kvm"
     shim = kata.pid_of(container, "shim")
-    assert any("shimv2.ready" in word for word in command_line(_parent(shim)))
+    nursery = _parent(shim)
+    assert any("shimv2.ready" in word for word in command_line(nursery))
     assert _UNIT.stem not in Path(f"/proc/{shim}/cgroup").read_text()
     _systemctl("stop", _UNIT.name)
+    assert not Path(f"/proc/{nursery}").exists()
     assert kata.execute(container, "echo", "hello").stdout == "hello\n"
     another = kata.start("sleep", "1000", flags=flags)
     forked = kata.pid_of(another, "shim")
