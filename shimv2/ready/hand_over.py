@@ -24,7 +24,7 @@ ANSWER_LIMIT = 1.0
 """Seconds for a fork and some system calls; then ``start`` goes on without."""
 MAX_MESSAGE = 192 << 10  # bytes; half of it may be the environment, and sockets take 208 KiB
 HERE = b"here"
-_SUN_PATH = 107
+_SUN_PATH = 107 - len(".new")  # sun_path, and what the name has until it is ready
 
 
 def socket_path() -> str:

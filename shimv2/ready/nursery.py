@@ -53,8 +53,9 @@ def main(code: list[object]) -> int:
         for name in _WANTED:
             __import__(name)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-            listener.bind(path)
+            listener.bind(f"{path}.new")
             listener.listen(64)
+            os.rename(f"{path}.new", path)  # what is seen is ready
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
             gc.collect()
             gc.freeze()  # else the first collection in each child copies all of it
