@@ -152,10 +152,13 @@ def volumes(node: CriNode) -> Iterator[Volumes]:
 
 
 def _unmount_below(root: Path) -> None:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    for point in reversed([line.split(" ")[4] for line in lines]):
-        if point.startswith(f"{root}/"):
-            subprocess.run(["umount", "--lazy", point], check=True)
+    # One by one: where mounts are shared, as systemd makes them, some go with others.
+    while points := [p for p in _mount_points() if p.startswith(f"{root}/")]:
+        subprocess.run(["umount", "--lazy", points[-1]], check=True)
+
+
+def _mount_points() -> list[str]:
+    return [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
 
 
 @pytest.mark.one_edition
