@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
 
 TYPE_CHECKING = False
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 _NAMESPACES = ("cgroup", "ipc", "mnt", "net", "pid", "time", "user", "uts")
 # Of /proc/self/status, beside capabilities.  Seccomp's filters can't be read, only counted.
 _STATUS = (
-    *("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters", "SigBlk", "SigIgn"),
+    *("Uid", "Gid", "Groups", "NoNewPrivs", "Seccomp", "Seccomp_filters"),
     *("THP_enabled", "Speculation_Store_Bypass", "SpeculationIndirectBranch"),
 )
 # In /proc/self; where a kernel lacks one both lack it.
@@ -84,6 +85,8 @@ def inherited() -> dict[str, Any]:
         "oom_score_adj": oom_score_adj,
         "limits": {str(number): resource.getrlimit(number) for number in _limits()},
         "cgroups": cgroups,
+        "ignored": _signals("SigIgn"),
+        "blocked": _signals("SigBlk"),
     }
 
 
@@ -104,10 +107,27 @@ def take_over(wanted: dict[str, Any]) -> None:
     if not same:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write(wanted["oom_score_adj"])
+    ignored = _signals("SigIgn")
+    for number in set(wanted["ignored"]).difference(ignored):
+        signal.signal(number, signal.SIG_IGN)
+    for number in set(ignored).difference(wanted["ignored"]):  # as by nohup, or a shell's `&`
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, wanted["blocked"])
     os.umask(wanted["umask"])
     os.chdir(wanted["directory"])
     os.environ.clear()
     os.environ.update(wanted["environment"])
+
+
+def _signals(kind: str) -> list[int]:
+    """Numbers of the signals in a mask of /proc/self/status."""
+    with open("/proc/self/status") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name == kind:
+                mask = int(value, 16)
+                return [number for number in range(1, 65) if mask >> (number - 1) & 1]
+    return []
 
 
 def _limits() -> list[int]:
