@@ -15,7 +15,7 @@ import pytest
 
 from integration.conftest import edition_named
 from integration.lib.cri import CriNode
-from integration.lib.kata import Kata, wait_until
+from integration.lib.kata import Kata, parent_of, wait_until
 from integration.lib.leftovers import left_by
 from integration.lib.templates import Templates, console, kind_of, started
 
@@ -90,7 +90,7 @@ def _parent_pid(pid: int) -> int:
 
 def _parent(pid: int) -> bytes:
     """The command line of its parent."""
-    return Path(f"/proc/{_parent_pid(pid)}/cmdline").read_bytes()
+    return Path(f"/proc/{parent_of(pid)}/cmdline").read_bytes()
 
 
 def test_a_cached_vm_is_used_once_and_replaced(kata: Kata, cache: Cache) -> None:

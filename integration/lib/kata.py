@@ -176,6 +176,12 @@ def _annotations(kind: str, sandbox_id: str) -> tuple[str, ...]:
     return flags
 
 
+def parent_of(pid: int) -> int:
+    """The pid of a process's parent."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("PPid:")))
+
+
 def wait_until(condition: Callable[[], Any], limit: float, what: str) -> float:
     """Poll `condition`; returns the seconds it took.
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The process that has imported all that a shim needs, and forks one for each ``start``.
 
-It has one thread, never runs trio itself, and ends when its stdin does, or by SIGTERM.  Nothing of a sandbox is
-ever read in it: the fork is made first, and the child reads the request.
+It has one thread, never runs trio itself, and ends when its stdin does, or by SIGTERM.  Nothing
+of a sandbox is ever read in it: the fork is made first, and the child reads the request.
 """
 
 from __future__ import annotations

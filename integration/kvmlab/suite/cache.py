@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from integration.kvmlab.suite.system import command_line, kata_configuration
-from integration.lib.kata import Kata, wait_until
+from integration.lib.kata import Kata, parent_of, wait_until
 
 _PAGE = Path(__file__).resolve().parents[3] / "docs/templates.md"
 _UNIT = Path("/run/systemd/system/kata-vm-cache.service")
@@ -53,7 +53,7 @@ def test_a_service_hands_over_vms_and_shims(kata: Kata, configuration: Path) -> 
     words = command_line(vmm)
     assert words[words.index("-accel") + 1] == "kvm"
     shim = kata.pid_of(container, "shim")
-    nursery = _parent(shim)
+    nursery = parent_of(shim)
     assert any("shimv2.ready" in word for word in command_line(nursery))
     assert _UNIT.stem not in Path(f"/proc/{shim}/cgroup").read_text()
     _systemctl("stop", _UNIT.name)
@@ -61,7 +61,7 @@ def test_a_service_hands_over_vms_and_shims(kata: Kata, configuration: Path) -> 
     assert kata.execute(container, "echo", "hello").stdout == "hello\n"
     another = kata.start("sleep", "1000", flags=flags)
     forked = kata.pid_of(another, "shim")
-    assert not any("shimv2.ready" in word for word in command_line(_parent(forked)))
+    assert not any("shimv2.ready" in word for word in command_line(parent_of(forked)))
     assert kata.execute(another, "echo", "hello").stdout == "hello\n"
     # What `start` forks itself is the measure of what it was given.
     for name in ("limits", "oom_score_adj", "attr/current"):
@@ -73,11 +73,6 @@ def _cached(configuration: Path) -> list[int]:
     command: list[str | Path] = ["kata-runtime", "--config", configuration, "factory", "status"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return [int(x.split()[2]) for x in done.stdout.splitlines() if x.startswith("cached VM ")]
-
-
-def _parent(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))
 
 
 def _read(pid: int, name: str) -> str:
