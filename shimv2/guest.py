@@ -31,7 +31,7 @@ from shimv2.streams import ProcessStreams, RpcReader, RpcWriter, SocketReader, S
 from shimv2.timeline import Timeline
 from shimv2.version import VERSION
 from ttrpc.client import Client
-from ttrpc.errors import Code, RpcError
+from ttrpc.errors import Code, ConnectionLost, RpcError
 from vmm.errors import VmmError, VmmGoneError
 from vmm.hypervisor import (
     Device,
@@ -295,6 +295,9 @@ class Guest:
             with self.durations.of(request.DESCRIPTOR.full_name):
                 return await getattr(self._client.stub(_AGENT), method)(request, timeout=limit)
         except RpcError as error:
+            if isinstance(error, ConnectionLost) and self._lost.is_set():
+                message = f"the guest is lost: {self._lost_reason}"
+                raise RpcError(Code.UNAVAILABLE, message) from None
             raise RpcError(error.code, _clipped(error.message)) from None
 
     async def is_healthy(self, limit: float) -> bool:

@@ -143,6 +143,8 @@ class Life:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._cancel_on_stop, nursery.cancel_scope)
                 reason = await self._live()
+                # Said here: a Create that fails by it asks for the end before it is reached.
+                log.warning("the VM is lost: %s", reason)
                 nursery.cancel_scope.cancel()
         except Exception as error:
             cause = single_error(error) if isinstance(error, BaseExceptionGroup) else error
