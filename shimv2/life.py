@@ -138,24 +138,23 @@ class Life:
 
     async def run(self) -> None:
         """Boot, watch, end.  Never raises: what goes wrong is told to who asks for the guest."""
-        reason = "it was stopped"
+        reason, lost = "it was stopped", False
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._cancel_on_stop, nursery.cancel_scope)
                 reason = await self._live()
-                # Said here: a Create that fails by it asks for the end before it is reached.
-                log.warning("the VM is lost: %s", reason)
+                lost = not self._ending  # a Create that fails by it asks for the end only now
                 nursery.cancel_scope.cancel()
         except Exception as error:
             cause = single_error(error) if isinstance(error, BaseExceptionGroup) else error
             reason = str(cause) or type(cause).__name__
-            self._failure = cause
+            self._failure, lost = cause, not self._ending
             what = "failed" if self._decided.is_set() else "did not start"
             log.error("the VM %s: %s", what, reason, exc_info=cause)
         finally:
             self._decided.set()
             self._ended.set()
-            self._sandbox.life_ended(self, reason, asked_for=self._ending)
+            self._sandbox.life_ended(self, reason, lost=lost)
 
     async def _cancel_on_stop(self, scope: trio.CancelScope) -> None:
         await self._stop.wait()

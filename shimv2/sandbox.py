@@ -259,11 +259,15 @@ class Sandbox:
         except Exception:
             log.exception("a task of the sandbox failed")
 
-    def life_ended(self, life: Life, reason: str, *, asked_for: bool) -> None:
-        """The VM is gone: so is everything that ran in it."""
+    def life_ended(self, life: Life, reason: str, *, lost: bool) -> None:
+        """The VM is gone: so is everything that ran in it.
+
+        Args:
+            lost: nobody had asked for it.
+        """
         if life is not self._life:
             return
-        if not asked_for:
+        if lost:
             log.error("sandbox lost: %s", reason)
             self.exit_status = LOST_STATUS
         for container in self.containers.values():

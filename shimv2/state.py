@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import select
@@ -146,25 +147,26 @@ def claim(record: SandboxRecord) -> None:
         OSError: it can't be written; names the file, and nothing is left.
     """
     SANDBOXES.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for _ in range(2):
-        try:
-            sandbox_dir(record.sandbox_id).mkdir(mode=0o700)
-        except FileExistsError:
-            other = SandboxRecord.load(record.sandbox_id)
-            if other is not None and other.shim_alive():
-                raise SandboxInUseError(
-                    f"sandbox id {record.sandbox_id!r} is in use by namespace "
-                    f"{other.namespace!r} of containerd at {other.containerd!r}"
-                ) from None
+    lock = os.open(SANDBOXES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Else two starts of one id in two namespaces take each other for what a dead shim left.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        other = SandboxRecord.load(record.sandbox_id)
+        if other is not None and other.shim_alive():
+            raise SandboxInUseError(
+                f"sandbox id {record.sandbox_id!r} is in use by namespace "
+                f"{other.namespace!r} of containerd at {other.containerd!r}"
+            )
+        if record.path.parent.exists():
             remove_sandbox(record.sandbox_id)
-            continue
+        record.path.parent.mkdir(mode=0o700)
         try:
             record.save()
         except OSError:
             remove_sandbox(record.sandbox_id)
             raise
-        return
-    raise SandboxInUseError(f"sandbox id {record.sandbox_id!r} is being started twice")
+    finally:
+        os.close(lock)
 
 
 def kill_processes(processes: dict[str, tuple[int, int]], limit: float = _KILL_LIMIT) -> list[str]:

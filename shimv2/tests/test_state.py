@@ -4,6 +4,8 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -45,6 +47,26 @@ def test_a_living_sandbox_keeps_its_id(sleeper):
     state.claim(mine)
     with pytest.raises(state.SandboxInUseError, match="'ns'"):
         state.claim(record(namespace="other"))
+
+
+def test_of_many_starts_of_one_id_at_once_one_has_it():
+    def start(number: int) -> str:
+        mine = record(namespace=f"ns{number}")
+        mine.add_process("shim", os.getpid())
+        gate.wait()
+        try:
+            state.claim(mine)
+        except state.SandboxInUseError:
+            return ""
+        return mine.namespace
+
+    gate = threading.Barrier(8)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(50):
+            (owner,) = filter(None, pool.map(start, range(8)))
+            found = state.SandboxRecord.load("s1")
+            assert found is not None and found.namespace == owner
+            state.remove_sandbox("s1")
 
 
 def test_what_a_dead_shim_left_is_cleared_with_its_processes(sleeper):
