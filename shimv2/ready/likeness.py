@@ -50,15 +50,12 @@ def fixed() -> dict[str, object]:
             found[f"{name} namespace"] = os.readlink(f"/proc/self/ns/{name}")
         except FileNotFoundError:  # a kernel without it
             found[f"{name} namespace"] = ""
-    with open("/proc/self/status") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name in _STATUS or name.startswith("Cap"):
-                found[name] = value.strip()
+    for name, value in _status().items():
+        if name in _STATUS or name.startswith("Cap"):
+            found[name] = value
     for name in _FILES:
         try:
-            with open(f"/proc/self/{name}") as file:
-                found[name] = file.read().strip("\0\n")
+            found[name] = _read(name)
         except OSError:
             found[name] = ""
     found["scheduling"] = [os.sched_getscheduler(0), os.sched_getparam(0).sched_priority]
@@ -72,21 +69,18 @@ def inherited() -> dict[str, Any]:
     """What ``start`` has and its shim is to have; only values that JSON knows."""
     mask = os.umask(0)
     os.umask(mask)
-    with open("/proc/self/oom_score_adj") as file:
-        oom_score_adj = file.read().strip()
-    with open("/proc/self/cgroup") as file:
-        cgroups = file.read()
+    status = _status()
     return {
         "environment": dict(os.environ),
         "directory": os.getcwd(),
         "umask": mask,
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "processors": sorted(os.sched_getaffinity(0)),
-        "oom_score_adj": oom_score_adj,
+        "oom_score_adj": _read("oom_score_adj"),
         "limits": {str(number): resource.getrlimit(number) for number in _limits()},
-        "cgroups": cgroups,
-        "ignored": _signals("SigIgn"),
-        "blocked": _signals("SigBlk"),
+        "cgroups": _read("cgroup"),
+        "ignored": _signals(status["SigIgn"]),
+        "blocked": _signals(status["SigBlk"]),
     }
 
 
@@ -102,12 +96,10 @@ def take_over(wanted: dict[str, Any]) -> None:
         resource.setrlimit(int(number), (soft, hard))
     os.sched_setaffinity(0, wanted["processors"])
     os.setpriority(os.PRIO_PROCESS, 0, wanted["nice"])
-    with open("/proc/self/oom_score_adj") as file:
-        same = file.read().strip() == wanted["oom_score_adj"]
-    if not same:
+    if _read("oom_score_adj") != wanted["oom_score_adj"]:
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write(wanted["oom_score_adj"])
-    ignored = _signals("SigIgn")
+    ignored = _signals(_status()["SigIgn"])
     for number in set(wanted["ignored"]).difference(ignored):
         signal.signal(number, signal.SIG_IGN)
     for number in set(ignored).difference(wanted["ignored"]):  # as by nohup, or a shell's `&`
@@ -119,15 +111,19 @@ def take_over(wanted: dict[str, Any]) -> None:
     os.environ.update(wanted["environment"])
 
 
-def _signals(kind: str) -> list[int]:
-    """Numbers of the signals in a mask of /proc/self/status."""
+def _read(name: str) -> str:
+    with open(f"/proc/self/{name}") as file:
+        return file.read().strip("\0\n")
+
+
+def _status() -> dict[str, str]:
     with open("/proc/self/status") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name == kind:
-                mask = int(value, 16)
-                return [number for number in range(1, 65) if mask >> (number - 1) & 1]
-    return []
+        return {name: value.strip() for name, _, value in (line.partition(":") for line in file)}
+
+
+def _signals(mask: str) -> list[int]:
+    """Numbers of the signals in a mask of /proc/self/status."""
+    return [number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1]
 
 
 def _limits() -> list[int]:
@@ -136,8 +132,7 @@ def _limits() -> list[int]:
 
 def _move(wanted: str) -> None:
     """Join the cgroups of another process, given as the text of its /proc/PID/cgroup."""
-    with open("/proc/self/cgroup") as file:
-        own = set(file.read().splitlines())
+    own = set(_read("cgroup").splitlines())
     for line in wanted.splitlines():
         if line in own:
             continue
