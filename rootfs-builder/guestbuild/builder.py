@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import tempfile
@@ -15,6 +16,7 @@ from guestbuild.debian_kernel import take
 from guestbuild.description import Description
 from guestbuild.kernel import BuiltKernel
 from guestbuild.lock import locked
+from guestbuild.padding import without_padding
 from guestbuild.progress import Progress
 
 IMAGE = "kata-containers.img"
@@ -79,15 +81,19 @@ class Builder:
         if not (folder / RECORD).exists():
             self._pack(base, folder)
         record: dict[str, object] = json.loads((folder / RECORD).read_text())
+        files = {str(record["file"]): (folder / str(record["file"])).read_bytes()}
         if built is not None:
+            files["vmlinux"] = vmlinux = without_padding(built.vmlinux.read_bytes())
+            if built.initrd is not None:
+                files[MODULES_INITRD] = built.initrd.read_bytes()
             record["kernel"] = {
                 "kind": self._options.kernel,
                 "version": built.version,
                 "config_digest": built.config_digest,
-                "sha256": digest.of_file(built.vmlinux),
-                "size": built.vmlinux.stat().st_size,
+                "sha256": hashlib.sha256(vmlinux).hexdigest(),
+                "size": len(vmlinux),
             }
-        self._publish(folder, built, record)
+        self._publish(files, record)
         return record
 
     def _kernel(self) -> BuiltKernel | None:
@@ -149,32 +155,24 @@ class Builder:
             shutil.rmtree(folder, ignore_errors=True)
             result.rename(folder)
 
-    def _publish(self, folder: Path, built: BuiltKernel | None, record: dict[str, object]) -> None:
-        """Copy the results into the output folder; each file appears whole or not at all."""
+    def _publish(self, files: dict[str, bytes], record: dict[str, object]) -> None:
+        """Write the results into the output folder; each file appears whole or not at all."""
         output = self._options.output
         output.mkdir(parents=True, exist_ok=True)
-        name = str(record["file"])
-        files = {name: folder / name}
-        if built is not None:
-            files["vmlinux"] = built.vmlinux
-            if built.initrd is not None:
-                files[MODULES_INITRD] = built.initrd
-            else:
+        if "kernel" in record:
+            if MODULES_INITRD not in files:
                 (output / MODULES_INITRD).unlink(missing_ok=True)
         elif (output / RECORD).exists():  # the kernel made before stays, and what is told of it
             before = json.loads((output / RECORD).read_text())
             if "kernel" in before:
                 record["kernel"] = before["kernel"]
-        for target, source in files.items():
-            _replace(source, output / target)
         text = json.dumps(record, indent=1, sort_keys=True) + "\n"
-        temporary = output / f".{RECORD}.new"
-        temporary.write_text(text)
-        temporary.replace(output / RECORD)
+        for name, data in {**files, RECORD: text.encode()}.items():
+            _replace(output / name, data)
 
 
-def _replace(source: Path, target: Path) -> None:
-    """Make `target` a copy of `source`; a running VM goes on with the file that it has open."""
+def _replace(target: Path, data: bytes) -> None:
+    """Write a file anew; a running VM goes on with the one that it has open."""
     temporary = target.with_name(f".{target.name}.new")
-    shutil.copyfile(source, temporary)
+    temporary.write_bytes(data)
     temporary.replace(target)
