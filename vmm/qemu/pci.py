@@ -105,18 +105,16 @@ class PciLayout:
         )
 
     def take_port(self, device_id: str) -> PciSlot:
-        """The only slot below a free root port.
+        """The only slot below a free root port, or one of the bridge where there is none.
 
         Raises:
-            CapacityError: every port has its device.
+            CapacityError: all are taken.
         """
         for index in range(self.root_ports):
             place = PciSlot(port_id(index), 0, f"{PORT_SLOTS[index]:02x}/00")
             if self._is_free(place):
                 return self._take(device_id, place)
-        raise CapacityError(
-            f"no PCI Express port left for {device_id}: all {self.root_ports} are taken"
-        )
+        return self.take_bridge_slot(device_id)
 
     def dump(self) -> dict[str, list[str | int]]:
         """Who sits where, as JSON values for `load`."""
