@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.lib.configuration import Configuration
 from integration.lib.containerd import DEBIAN, Containerd, Edition
 from integration.lib.cri import CriNode
 from integration.lib.go_tools import containerd_edition
@@ -116,12 +117,9 @@ def node(cri_node: CriNode) -> Iterator[CriNode]:
 @pytest.fixture
 def with_console(prefix: Path, tmp_path: Path) -> Path:
     """The installed configuration with the debug console on."""
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    copy = tmp_path / "configuration.toml"
-    copy.write_text(installed.read_text())
-    (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d/console.toml").write_text("[agent.kata]\ndebug_console_enabled = true\n")
-    return copy
+    configuration = Configuration(prefix, tmp_path)
+    configuration.set("agent.kata", debug_console_enabled=True)
+    return configuration.file
 
 
 @pytest.fixture

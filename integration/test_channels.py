@@ -6,16 +6,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from integration.lib.configuration import Configuration
 from integration.lib.kata import Kata
 
 
 def test_a_container_through_virtio_serial(kata: Kata, prefix: Path, tmp_path: Path) -> None:
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    configuration = tmp_path / "configuration.toml"
-    configuration.write_text(installed.read_text())
-    (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d/serial.toml").write_text('[hypervisor.qemu]\nvsock = "serial"\n')
-    container_id = kata.start("sleep", "1000", flags=("--runtime-config-path", configuration))
+    configuration = Configuration(prefix, tmp_path)
+    configuration.set("hypervisor.qemu", vsock="serial")
+    container_id = kata.start("sleep", "1000", flags=configuration.flags)
     done = kata.execute(container_id, "sh", "-c", "echo out; echo err >&2; exit 7", check=False)
     assert (done.stdout, done.returncode) == ("out\n", 7)
     assert "err" in done.stderr

@@ -18,6 +18,7 @@ import pytest
 
 from integration.conftest import edition_named
 from integration.lib.bundles import spec, unpack_busybox, write
+from integration.lib.configuration import Configuration
 from integration.lib.containerd import RUNTIME, Containerd, CtrError
 from integration.lib.disks import (
     direct_volume,
@@ -84,16 +85,6 @@ def disks(disk_containerd: Containerd) -> Iterator[Kata]:
     assert not left, f"left behind: {left}"
 
 
-def _configured(prefix: Path, directory: Path, drop_in: str) -> tuple[str | Path, ...]:
-    """Flags for a VM of the installed configuration with changes."""
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    (directory / "config.d").mkdir()
-    (directory / "config.d/changes.toml").write_text(drop_in)
-    copy = directory / "configuration.toml"
-    copy.write_text(installed.read_text())
-    return ("--runtime-config-path", copy)
-
-
 def _snapshot_file(place: Path) -> Path:
     """The newest of the blockfile snapshotter's."""
     return max((place / "blockfile/snapshots").iterdir(), key=lambda path: path.stat().st_mtime)
@@ -132,10 +123,11 @@ def test_layers_are_shared_by_the_containers_of_a_pod(disks: Kata) -> None:
 
 def test_layers_that_the_host_mounts(disks: Kata, prefix: Path, tmp_path: Path) -> None:
     """`disable_block_device_use`: loop devices in the shim's mount namespace, gone with it."""
-    flags = _configured(prefix, tmp_path, "[hypervisor.qemu]\ndisable_block_device_use = true\n")
+    configuration = Configuration(prefix, tmp_path)
+    configuration.set("hypervisor.qemu", disable_block_device_use=True)
     done = disks.run(
         *("sh", "-c", f"cat /layer1 /layer2; touch /new; rm /layer1; {_DISKS}"),
-        flags=(*flags, "--snapshotter", "erofs"),
+        flags=(*configuration.flags, "--snapshotter", "erofs"),
     )
     assert done.stdout == "xx0\n"
     snapshots = str(disks.containerd.directory)
@@ -240,13 +232,13 @@ def test_a_privileged_container_has_no_disk_of_the_host(disks: Kata) -> None:
 
 
 def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> None:
-    scsi = _configured(
-        prefix,
-        tmp_path,
-        "[factory]\nenable_template = false\n"  # a VM that boots can be plugged as well
-        '[hypervisor.qemu]\nblock_device_driver = "virtio-scsi"\n'
-        'block_device_aio = "io_uring"\n'  # as Kata's own files have it
-        f"disk_rate_limiter_bw_max_rate = {4 * _MIB * 8}\n",
+    scsi = Configuration(prefix, tmp_path)
+    scsi.set("factory", enable_template=False)  # a VM that boots can be plugged as well
+    scsi.set(
+        "hypervisor.qemu",
+        block_device_driver="virtio-scsi",
+        block_device_aio="io_uring",  # as Kata's own files have it
+        disk_rate_limiter_bw_max_rate=4 * _MIB * 8,
     )
     image = tmp_path / "image"
     image.write_bytes(bytes(16 * _MIB))
@@ -256,7 +248,7 @@ def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> No
             "ls /sys/block; cat /proc/uptime; "
             "dd if=/dev/volume of=/dev/null bs=1M count=12 iflag=direct; cat /proc/uptime"
         )
-        done = disks.run("sh", "-c", script, flags=(*scsi, "--snapshotter", "erofs", *mount))
+        done = disks.run("sh", "-c", script, flags=(*scsi.flags, "--snapshotter", "erofs", *mount))
     names = done.stdout.split()
     assert [f"sd{letter}" for letter in "abcde"] == [n for n in names if n.startswith("sd")]
     before, after = (float(line.split()[0]) for line in done.stdout.splitlines()[-2:])
@@ -266,8 +258,8 @@ def test_scsi_disks_with_limits(disks: Kata, prefix: Path, tmp_path: Path) -> No
 
 def test_a_guest_with_which_nothing_is_shared(disks: Kata, prefix: Path, tmp_path: Path) -> None:
     """Its root is a virtio-blk disk, limited by the VMM."""
-    limit = "disk_rate_limiter_ops_max_rate = 150\n"
-    none = _configured(prefix, tmp_path, f'[hypervisor.qemu]\nshared_fs = "none"\n{limit}')
+    none = Configuration(prefix, tmp_path)
+    none.set("hypervisor.qemu", shared_fs="none", disk_rate_limiter_ops_max_rate=150)
     volume = tmp_path / "volume"
     (volume / "sub").mkdir(parents=True)
     (volume / "sub/file").write_text("copied")
@@ -278,7 +270,7 @@ def test_a_guest_with_which_nothing_is_shared(disks: Kata, prefix: Path, tmp_pat
     )
     done = disks.run(
         *("sh", "-c", script),
-        flags=(*none, "--snapshotter", "blockfile", *mount),
+        flags=(*none.flags, "--snapshotter", "blockfile", *mount),
         check=False,
     )
     said, before, after = done.stdout.splitlines()

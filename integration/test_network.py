@@ -21,6 +21,7 @@ import pytest
 
 from integration.conftest import edition_named
 from integration.lib import cni, programs
+from integration.lib.configuration import Configuration, installed
 from integration.lib.containerd import RUNTIME
 from integration.lib.cri import CriNode
 from integration.lib.host_network import call_in
@@ -272,7 +273,7 @@ def test_ctr_run_with_cni(shared_node: CriNode, prefix: Path, tmp_path: Path) ->
     name = f"{node.mark}ctr"
     command = [
         *(*node.containerd.ctr_command(), "run", "--rm", "--cni", "--runtime", RUNTIME),
-        *("--runtime-config-path", str(_installed(prefix)), BUSYBOX_REFERENCE, name),
+        *("--runtime-config-path", str(installed(prefix)), BUSYBOX_REFERENCE, name),
         *("sh", "-c", f"ip address show eth0 && ping -c 1 {cni.GATEWAY_4}"),
     ]
     text = node.host.run("unshare", "-m", "sh", "-c", f'{covered} exec "$@"', "sh", *command)
@@ -323,8 +324,9 @@ def _add_uplink(node: CriNode) -> None:
 
 @pytest.mark.parametrize("model", ["macvtap", "none"])
 def test_model(model: str, prefix: Path, tmp_path: Path) -> None:
-    configuration = _configuration(prefix, tmp_path, f'internetworking_model = "{model}"')
-    with CriNode(edition_named("debian"), prefix, configuration=configuration) as node:
+    configuration = Configuration(prefix, tmp_path)
+    configuration.set("runtime", internetworking_model=model)
+    with CriNode(edition_named("debian"), prefix, configuration=configuration.file) as node:
         pod = node.run_pod()
         namespace = node.netns(pod)
         if model == "none":
@@ -363,12 +365,11 @@ def test_the_host_s_own_network(kata: Kata) -> None:
 
 def test_rate_limits(prefix: Path, tmp_path: Path) -> None:
     """Into the VM and out of it, each by itself."""
-    configuration = _configuration(
-        prefix,
-        tmp_path,
-        hypervisor="rx_rate_limiter_max_rate = 24000000\ntx_rate_limiter_max_rate = 8000000",
+    configuration = Configuration(prefix, tmp_path)
+    configuration.set(
+        "hypervisor.qemu", rx_rate_limiter_max_rate=24_000_000, tx_rate_limiter_max_rate=8_000_000
     )
-    with CriNode(edition_named("debian"), prefix, configuration=configuration) as node:
+    with CriNode(edition_named("debian"), prefix, configuration=configuration.file) as node:
         container = node.start_container(node.run_pod(), "sleep", "1000")
         assert 12_000_000 < _rate(node, container, into=True) < 27_000_000
         assert 4_000_000 < _rate(node, container, into=False) < 9_000_000
@@ -438,10 +439,10 @@ def test_the_namespace_is_left_as_it_was(prefix: Path) -> None:
 def test_a_killed_shim_leaves_the_namespace_as_it_was(
     model: str, prefix: Path, tmp_path: Path
 ) -> None:
-    configuration = _configuration(
-        prefix, tmp_path, f'internetworking_model = "{model}"', "tx_rate_limiter_max_rate = 8000000"
-    )
-    with CriNode(edition_named("debian"), prefix, configuration=configuration) as node:
+    configuration = Configuration(prefix, tmp_path)
+    configuration.set("runtime", internetworking_model=model)
+    configuration.set("hypervisor.qemu", tx_rate_limiter_max_rate=8_000_000)
+    with CriNode(edition_named("debian"), prefix, configuration=configuration.file) as node:
         pod = node.run_pod()
         namespace = node.netns(pod)
         state = Path("/run/vc/sbs", pod, "state.json")
@@ -450,21 +451,6 @@ def test_a_killed_shim_leaves_the_namespace_as_it_was(
         assert list(_links(namespace)) == ["lo", "eth0"]
         assert _qdiscs(namespace) == {"eth0": {"noqueue"}}
         assert not node.clean()
-
-
-def _configuration(prefix: Path, tmp_path: Path, runtime: str = "", hypervisor: str = "") -> Path:
-    """The installed configuration with lines added."""
-    copy = tmp_path / "configuration.toml"
-    copy.write_text(_installed(prefix).read_text())
-    (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d/test.toml").write_text(
-        f"[runtime]\n{runtime}\n[hypervisor.qemu]\n{hypervisor}\n"
-    )
-    return copy
-
-
-def _installed(prefix: Path) -> Path:
-    return prefix / "share/defaults/kata-containers/configuration.toml"
 
 
 def _links(namespace: Path) -> dict[str, dict[str, Any]]:

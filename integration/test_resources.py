@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.lib.configuration import Configuration
 from integration.lib.containerd import Containerd
 from integration.lib.kata import EventLog, Kata, Pod, wait_until
 
@@ -173,18 +174,14 @@ def test_who_takes_too_much_memory_is_killed_alone(kata: Kata, events: EventLog)
 @pytest.mark.one_edition
 def test_a_container_that_may_swap(kata: Kata, prefix: Path, tmp_path: Path) -> None:
     """By annotations; its limit and 128 MiB of swap are what it gets."""
-    file = tmp_path / "configuration.toml"
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    file.write_text(installed.read_text())
-    (tmp_path / "config.d").mkdir()
-    (tmp_path / "config.d/swap.toml").write_text(
-        "[factory]\nenable_template = false\n[hypervisor.qemu]\nenable_guest_swap = true\n"
-        f'guest_swap_path = "{tmp_path}/swap"\n'
-    )
+    configuration = Configuration(prefix, tmp_path)
+    configuration.set("factory", enable_template=False)
+    swap = {"enable_guest_swap": True, "guest_swap_path": f"{tmp_path}/swap"}
+    configuration.set("hypervisor.qemu", **swap)
     limit = ("--memory-limit", str(64 * _MIB))
     asks = "io.katacontainers.container.resource"
-    with kata.pod(flags=("--runtime-config-path", file)) as pod:
-        flags = ("--runtime-config-path", file, *limit)
+    with kata.pod(flags=configuration.flags) as pod:
+        flags = (*configuration.flags, *limit)
         swaps = pod.start(
             *("sleep", "1000"),
             flags=(

@@ -16,7 +16,6 @@ import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from integration.bench.containers import RUNTIMES, Workbench, state
 from integration.bench.starts import vm_cache, wait_full
 from integration.lib.containerd import DEBIAN, Containerd
 from integration.lib.images import BUSYBOX_REFERENCE, busybox_image
+from integration.lib.templates import Templates
 from vmm.accelerator import detect
 
 TREE = Path(__file__).resolve().parent.parent.parent
@@ -75,24 +75,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin, load = time.monotonic(), os.getloadavg()[0]
     directory = Path(tempfile.mkdtemp(prefix="density-", dir="/run"))
     waiting = max(args.parallel, default=1) if args.kind == "cache" else 0
-    configuration = _configuration(args.prefix, directory, args.kind, waiting)
+    templates = Templates(args.prefix, directory)
+    templates.set("agent.kata", debug_console_enabled=False)
+    wanted = args.kind != "cold"
+    templates.set("factory", enable_template=wanted, template_path=str(templates.path))
+    endpoint = directory / "cache.sock"
+    templates.set("factory", vm_cache_number=waiting, vm_cache_endpoint=str(endpoint))
 
     def ready() -> None:
         if waiting:
-            wait_full(directory / "cache.sock", waiting)
+            wait_full(endpoint, waiting)
 
-    kata_runtime = [args.prefix / "bin/kata-runtime", "--config", configuration, "factory"]
     try:
         with ExitStack() as stack:
             if args.kind != "cold":
-                subprocess.run([*kata_runtime, "init"], check=True, stdout=subprocess.DEVNULL)
+                templates.command("init").check_returncode()
             if waiting or args.ready_shims:
-                stack.enter_context(vm_cache(args.prefix, configuration))
+                stack.enter_context(vm_cache(args.prefix, templates.file))
             containerd = stack.enter_context(
                 Containerd(
                     DEBIAN,
                     shim_path=[args.prefix / "bin"],
-                    environment={"KATA_CONF_FILE": str(configuration)},
+                    environment={"KATA_CONF_FILE": str(templates.file)},
                 )
             )
             containerd.import_image(busybox_image())
@@ -107,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"  {count} at once: {together[count]:.2f} s", file=sys.stderr, flush=True)
             check_kind(containerd.log, args.kind)
     finally:
-        subprocess.run([*kata_runtime, "destroy"], check=True, stdout=subprocess.DEVNULL)
+        templates.command("destroy").check_returncode()
         shutil.rmtree(directory)
     print(report(name, costs, stops, together, detect().accelerator.value, load))
     args.output.mkdir(parents=True, exist_ok=True)
@@ -136,19 +140,6 @@ def check_kind(log: Path, kind: str) -> None:
     ]
     if others:
         raise RuntimeError(f"{len(others)} sandboxes were no {kind} starts but {set(others)}")
-
-
-def _configuration(prefix: Path, directory: Path, kind: str, waiting: int) -> Path:
-    configuration = directory / "configuration.toml"
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    configuration.write_text(installed.read_text())
-    (directory / "config.d").mkdir()
-    (directory / "config.d/density.toml").write_text(
-        f"[factory]\nenable_template = {'false' if kind == 'cold' else 'true'}\n"
-        f'template_path = "{directory}/t"\n'
-        f'vm_cache_number = {waiting}\nvm_cache_endpoint = "{directory}/cache.sock"\n'
-    )
-    return configuration
 
 
 def growth(

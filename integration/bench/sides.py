@@ -8,7 +8,6 @@ file system of the host.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -16,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from integration.bench.containers import RUNTIMES, state
+from integration.lib.configuration import Configuration
 from integration.lib.containerd import Containerd
 from integration.lib.disks import ext4, record
 from integration.lib.host_network import HostNetwork
 from integration.lib.kata import wait_until
-from integration.lib.templates import without_templates
 from shimv2 import direct_volumes
 
 _FILE = "measured"
@@ -147,7 +146,10 @@ def side(
         own = directory / str(number)
         disk = None
         if setup.runtime == "kata":
-            flags += ["--runtime-config-path", _configuration(prefix, own, setup)]
+            configuration = Configuration(prefix, own)
+            configuration.set("factory", enable_template=False)
+            configuration.set("hypervisor.qemu", **setup.hypervisor)
+            flags += configuration.flags
         if setup.block:
             disk = stack.enter_context(_volume(own))
             flags += ["--mount", f"type=bind,src={own / 'v'},dst={_VOLUME},options=rbind:rw"]
@@ -168,15 +170,6 @@ def _connect(network: HostNetwork, pod: HostNetwork, number: int, address: str) 
     network.run("ip", "link", "set", f"pod{number}", "up")
     pod.run("ip", "address", "add", f"{address}/24", "dev", "eth0")
     pod.run("ip", "link", "set", "eth0", "up")
-
-
-def _configuration(prefix: Path, own: Path, setup: Setup) -> Path:
-    (own / "config.d").mkdir(parents=True)
-    file = own / "configuration.toml"
-    file.write_text(without_templates(prefix).read_text())
-    lines = [f"{key} = {json.dumps(value)}\n" for key, value in setup.hypervisor.items()]
-    (own / "config.d/loss.toml").write_text(f"[hypervisor.qemu]\n{''.join(lines)}")
-    return file
 
 
 @contextmanager

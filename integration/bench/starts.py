@@ -19,6 +19,7 @@ from integration.bench.figures import Figure
 from integration.lib.containerd import Containerd, Edition
 from integration.lib.images import busybox_image
 from integration.lib.kata import wait_until
+from integration.lib.templates import Templates
 from vmm.template import handover
 
 _READY_WITHIN = 120
@@ -32,43 +33,29 @@ def measure(edition: Edition, prefix: Path, directory: Path, runs: int) -> list[
     Args:
         directory: for templates, sockets and the configuration; short, and there.
     """
-    configuration = directory / "configuration.toml"
-    installed = prefix / "share/defaults/kata-containers/configuration.toml"
-    configuration.write_text(installed.read_text())
-    (directory / "config.d").mkdir()
-    kata_runtime = [prefix / "bin/kata-runtime", Path("--config"), configuration]
-    _configure(directory, cache=0)
-    subprocess.run(
-        [*map(str, kata_runtime), "factory", "init"], check=True, stdout=subprocess.DEVNULL
-    )
+    templates = Templates(prefix, directory)
+    endpoint = directory / "cache.sock"
+    templates.set("agent.kata", debug_console_enabled=False)
+    templates.set("factory", vm_cache_number=0, vm_cache_endpoint=str(endpoint))
+    templates.command("init").check_returncode()
     figures = []
     try:
         with Containerd(
             edition,
             shim_path=[prefix / "bin"],
-            environment={"KATA_CONF_FILE": str(configuration)},
+            environment={"KATA_CONF_FILE": str(templates.file)},
         ) as containerd:
             containerd.import_image(busybox_image())
             bench = Workbench(containerd)
             figures += _runs(bench, "template", runs, lambda: None)
-            with vm_cache(prefix, configuration):
+            with vm_cache(prefix, templates.file):
                 figures += _runs(bench, "template, ready shim", runs, lambda: None)
-            _configure(directory, cache=1)
-            endpoint = directory / "cache.sock"
-            with vm_cache(prefix, configuration):
+            templates.set("factory", vm_cache_number=1, vm_cache_endpoint=str(endpoint))
+            with vm_cache(prefix, templates.file):
                 figures += _runs(bench, "cache", runs, lambda: wait_full(endpoint, 1))
     finally:
-        subprocess.run(
-            [*map(str, kata_runtime), "factory", "destroy"], check=True, capture_output=True
-        )
+        templates.command("destroy").check_returncode()
     return figures
-
-
-def _configure(directory: Path, cache: int) -> None:
-    (directory / "config.d/bench.toml").write_text(
-        f'[factory]\nenable_template = true\ntemplate_path = "{directory}/t"\n'
-        f'vm_cache_number = {cache}\nvm_cache_endpoint = "{directory}/cache.sock"\n'
-    )
 
 
 def _runs(bench: Workbench, kind: str, runs: int, before: Callable[[], object]) -> list[Figure]:

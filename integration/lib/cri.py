@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from integration.lib import cni
+from integration.lib.configuration import installed
 from integration.lib.containerd import RUNTIME, Containerd, Edition
 from integration.lib.crictl import Crictl
 from integration.lib.host_network import HostNetwork
@@ -87,8 +88,7 @@ class CriNode(Crictl):
         )
         directory = containerd.directory
         super().__init__(containerd, directory, directory / "state", self.host.launcher)
-        installed = prefix / "share/defaults/kata-containers/configuration.toml"
-        self._configuration = configuration or installed
+        self._configuration = configuration or installed(prefix)
         self.containerd.extra_config = _cri_config(self.directory, sandboxer, sandbox_image)
 
     def __enter__(self) -> Self:

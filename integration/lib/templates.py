@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 from pathlib import Path
 
+from integration.lib.configuration import Configuration, installed
 from integration.lib.containerd import Containerd
 from integration.lib.kata import Kata, wait_until
 
@@ -16,43 +16,22 @@ MADE_WITHIN = 120  # seconds; the maker goes last on a busy host
 
 def without_templates(prefix: Path) -> Path:
     """The installed configuration, with sandboxes that boot."""
-    text = (prefix / "share/defaults/kata-containers/configuration.toml").read_text()
+    text = installed(prefix).read_text()
     assert "\nenable_template = true\n" in text
     file = prefix / "configuration-without-templates.toml"
     file.write_text(text.replace("\nenable_template = true\n", "\nenable_template = false\n"))
     return file
 
 
-class Templates:
+class Templates(Configuration):
     """A configuration of the test's own with templates, and where they lie."""
 
     def __init__(self, prefix: Path, directory: Path) -> None:
+        super().__init__(prefix, directory)
         self.path = directory / "templates"
-        self.file = directory / "configuration.toml"
         self.prefix = prefix
-        installed = prefix / "share/defaults/kata-containers/configuration.toml"
-        self.file.write_text(installed.read_text())
-        self._drop_ins = directory / "config.d"
-        self._drop_ins.mkdir()
         self.set("factory", enable_template=True, template_path=str(self.path))
         self.set("agent.kata", debug_console_enabled=True)
-
-    @property
-    def flags(self) -> tuple[str | Path, ...]:
-        """For `ctr run`."""
-        return ("--runtime-config-path", self.file)
-
-    def set(self, section: str, **values: object) -> None:
-        """Overrule values of the installed configuration."""
-        lines = [f"{name} = {json.dumps(value)}\n" for name, value in values.items()]
-        self._drop_in(section, *values).write_text(f"[{section}]\n{''.join(lines)}")
-
-    def unset(self, section: str, *names: str) -> None:
-        """Take back one `set` of these names."""
-        self._drop_in(section, *names).unlink()
-
-    def _drop_in(self, section: str, *names: str) -> Path:
-        return self._drop_ins / f"{section}-{'-'.join(names)}.toml"
 
     def command(self, *words: str) -> subprocess.CompletedProcess[str]:
         """`kata-runtime factory …`."""
