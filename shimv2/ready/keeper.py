@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 
 from shimv2.ready.hand_over import socket_path
-from shimv2.ready.nursery import FILLER
+from shimv2.ready.nursery import FILLER, UPDATED
 
 log = logging.getLogger("factory")
 
@@ -45,6 +45,9 @@ async def keep_ready_shims() -> None:
         except OSError as error:
             log.warning("no ready shims: %s: %s", sys.executable, error.strerror)
         else:
+            if status == UPDATED:
+                log.info("shims are forked from the version that is installed now")
+                continue
             if status:
                 log.warning("the process that shims are forked from ended with status %d", status)
             elif status != before:

@@ -43,8 +43,16 @@ _REQUEST_LIMIT = 5.0  # seconds
 _ACCEPT_PAUSE = 0.1  # seconds, where there is no descriptor for another peer
 
 
+UPDATED = 3
+"""Exit status of a nursery whose files are not those any more that it has loaded."""
+
+
 def main(code: list[object]) -> int:
-    """Serve until stdin ends; returns the exit status, 0 also where another process serves."""
+    """Serve until stdin ends; returns the exit status, 0 also where another process serves.
+
+    Args:
+        code: `likeness.code` of what this process has loaded.
+    """
     path = hand_over.socket_path()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt), _only_one(os.path.dirname(path)) as first:
@@ -59,7 +67,7 @@ def main(code: list[object]) -> int:
             signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
             gc.collect()
             gc.freeze()  # else the first collection in each child copies all of it
-            _serve(listener, code)
+            return _serve(listener, code)
     return 0
 
 
@@ -93,11 +101,13 @@ def _empty(directory: str) -> None:
         os.unlink(f"{directory}/{name}")
 
 
-def _serve(listener: socket.socket, code: list[object]) -> None:
+def _serve(listener: socket.socket, code: list[object]) -> int:
     while True:
         readable, _, _ = select.select([listener.fileno(), 0], [], [])
         if 0 in readable:
-            return
+            return 0
+        if _is_updated(code):
+            return UPDATED
         try:
             peer, _ = listener.accept()
         except OSError as error:
@@ -112,6 +122,13 @@ def _serve(listener: socket.socket, code: list[object]) -> None:
                 continue
             if forked:
                 _child(peer, code)
+
+
+def _is_updated(code: list[object]) -> bool:
+    try:
+        return likeness.code() != code
+    except OSError:  # uninstalled, or an update is under way
+        return True
 
 
 def _say(error: Exception) -> None:

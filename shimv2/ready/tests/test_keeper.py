@@ -10,6 +10,7 @@ import pytest
 import trio
 
 from shimv2.ready import hand_over, keeper
+from shimv2.ready.nursery import UPDATED
 
 _LIMIT = 20  # seconds, on a busy host
 _STUCK = "\nos.kill(os.getpid(), signal.SIGSTOP)"
@@ -48,9 +49,15 @@ async def test_another_nursery_is_told_of_once(tmp_path, monkeypatch, caplog) ->
 
 
 async def test_each_failure_is_told_of(tmp_path, monkeypatch, caplog) -> None:
-    await Program(tmp_path, monkeypatch, "sys.exit(3)").run(4)
+    await Program(tmp_path, monkeypatch, "sys.exit(4)").run(4)
     assert len(caplog.records) >= 3
-    assert {r.message[-8:] for r in caplog.records} == {"status 3"}
+    assert {r.message[-8:] for r in caplog.records} == {"status 4"}
+
+
+async def test_after_an_update_the_next_comes_at_once(tmp_path, monkeypatch) -> None:
+    program = Program(tmp_path, monkeypatch, f"sys.exit({UPDATED})")
+    monkeypatch.setattr(keeper, "_RETRY_AFTER", 1000)
+    await program.run(3)
 
 
 async def test_one_that_is_stopped_does_not_keep_the_cache_from_its_end(

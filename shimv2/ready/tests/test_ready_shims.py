@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from shimv2.ready import hand_over, likeness
+from shimv2.ready.nursery import UPDATED
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the nursery serves root only")
 
@@ -53,8 +54,12 @@ def fork(real=os.fork):
         raise BlockingIOError("no process left")
     return real()
 
+def code(real=likeness.code):
+    return [] if os.path.exists(sys.argv[1] + ".updated") else real()
+
 cli.serve = tell
 os.fork = fork
+likeness.code = code
 sys.exit(nursery.main(likeness.code()))
 """
 
@@ -358,6 +363,17 @@ def test_a_nursery_that_is_told_to_end_leaves_nothing(directory: Path) -> None:
     assert not directory.exists()
     assert nursery.said() == ""
     nursery.end()
+
+
+def test_a_nursery_whose_files_are_others_now_makes_room(directory: Path, start: Start) -> None:
+    with_old = Nursery(directory)
+    with_old.wait_ready()
+    assert start.ask() > 0
+    directory.with_suffix(".updated").touch()
+    assert start.ask() == 0
+    assert with_old.process.wait(_LIMIT) == UPDATED
+    assert not directory.exists()
+    assert start.told()["id"] == "web"
 
 
 def test_a_nursery_that_is_killed_has_a_successor_at_once(directory: Path, start: Start) -> None:
