@@ -77,7 +77,8 @@ def _split(segment: _Segment, kernel: bytes) -> Iterator[_Segment]:
             if start > begin:
                 yield segment.part(begin, start, start - begin)
             begin = end
-    yield segment.part(begin, segment.length, segment.memory - begin)
+    if begin < segment.memory or not begin:
+        yield segment.part(begin, segment.length, segment.memory - begin)
 
 
 def _filled(data: bytes) -> Iterator[tuple[int, int]]:

@@ -35,8 +35,8 @@ ENTRY(_start)
 """
 
 
-def program(tmp_path: Path) -> bytes:
-    (tmp_path / "x.s").write_text(PROGRAM)
+def program(tmp_path: Path, text: str = PROGRAM) -> bytes:
+    (tmp_path / "x.s").write_text(text)
     (tmp_path / "x.ld").write_text(SCRIPT)
     command = ["gcc", "-nostdlib", "-static", "-Wl,--build-id=none", "-T", "x.ld", "-o", "x", "x.s"]
     subprocess.run(command, cwd=tmp_path, check=True)
@@ -73,10 +73,19 @@ def test_a_program_without_its_filling_is_smaller_in_memory_and_runs(tmp_path: P
 def test_what_has_no_filling_or_no_room_is_left_as_it_is(tmp_path: Path) -> None:
     once = without_padding(program(tmp_path))
     assert without_padding(once) == once
-    (tmp_path / "z.c").write_text("int main(void) { return 0; }\n")
-    subprocess.run(["gcc", "-o", "z", "z.c"], cwd=tmp_path, check=True)
-    usual = (tmp_path / "z").read_bytes()
+    command = ["gcc", "-nostdlib", "-static", "-Wl,-z,noseparate-code", "-o", "z", "x.s"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    usual = (tmp_path / "z").read_bytes()  # its headers are in its first segment
+    assert b"\xcc" * 200_000 in usual
     assert without_padding(usual) == usual
+
+
+@needs_compiler
+def test_filling_that_ends_with_its_segment(tmp_path: Path) -> None:
+    text = f".globl _start\n_start: nop\n.fill {(1 << 20) - 1}, 1, 0xcc\n"
+    after = without_padding(program(tmp_path, text))
+    assert loads(after)[0] == (5, 0x400000, 4096, 4096)
+    assert len(loads(after)) == 2
 
 
 def test_other_files_are_refused() -> None:

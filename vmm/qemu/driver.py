@@ -585,9 +585,9 @@ def _is_scsi_disk(device: Device) -> bool:
 
 
 def _count_root_ports(boot_devices: list[Device]) -> int:
-    """A port for each device of those that go there and are not part of the boot.
+    """A port for each kind of device that goes there and is not part of the boot.
 
-    None is spare: an empty port costs an emulated boot 25 ms.
+    No more: an empty one costs an emulated boot 25 ms.
     """
     kinds = {type(device) for device in boot_devices}
     return sum(kind not in kinds for kind in (FsDevice, VsockDevice))

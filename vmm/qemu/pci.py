@@ -8,7 +8,8 @@ the machine that loads it:
 slot       what is there
 =========  ==================================================================
 0x01       root disk
-0x02       pci-bridge-0: 30 slots for hot-plugged disks, NICs and the rest
+0x02       pci-bridge-0: 30 slots for hot-plugged disks, NICs and the rest, and for what
+           finds no port
 0x02/0x1f  virtio-serial (console and named ports), on the bridge
 0x04-0x07  pcie-root-ports, one device each: hot-plugged virtio-fs and vsock
 0x08-0x1d  devices that are there at boot, in the order they were added
