@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with ExitStack() as stack:
             if args.kind != "cold":
-                templates.command("init").check_returncode()
+                templates.run("init")
             if waiting or args.ready_shims:
                 stack.enter_context(vm_cache(args.prefix, templates.file))
             containerd = stack.enter_context(
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"  {count} at once: {together[count]:.2f} s", file=sys.stderr, flush=True)
             check_kind(containerd.log, args.kind)
     finally:
-        templates.command("destroy").check_returncode()
+        templates.run("destroy")
         shutil.rmtree(directory)
     print(report(name, costs, stops, together, detect().accelerator.value, load))
     args.output.mkdir(parents=True, exist_ok=True)

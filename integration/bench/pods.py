@@ -32,9 +32,7 @@ def measure(edition: Edition, prefix: Path, directory: Path, runs: int) -> list[
     templates = Templates(prefix, directory)
     endpoint = directory / "cache.sock"
     templates.set("factory", vm_cache_number=1, vm_cache_endpoint=str(endpoint))
-    done = templates.command("init")
-    if done.returncode:
-        raise RuntimeError(f"no template: {done.stderr}")
+    templates.run("init")
     calls = Figure("a call of crictl (version)", "kata", "s")
     with ExitStack() as stack:
         stack.callback(templates.command, "destroy")

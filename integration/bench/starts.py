@@ -8,6 +8,7 @@ which it keeps.
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +38,7 @@ def measure(edition: Edition, prefix: Path, directory: Path, runs: int) -> list[
     endpoint = directory / "cache.sock"
     templates.set("agent.kata", debug_console_enabled=False)
     templates.set("factory", vm_cache_number=0, vm_cache_endpoint=str(endpoint))
-    templates.command("init").check_returncode()
+    templates.run("init")
     figures = []
     try:
         with Containerd(
@@ -54,7 +55,7 @@ def measure(edition: Edition, prefix: Path, directory: Path, runs: int) -> list[
             with vm_cache(prefix, templates.file):
                 figures += _runs(bench, "cache", runs, lambda: wait_full(endpoint, 1))
     finally:
-        templates.command("destroy").check_returncode()
+        templates.run("destroy")
     return figures
 
 
@@ -90,13 +91,19 @@ def vm_cache(prefix: Path, configuration: Path, launcher: Sequence[str] = ()) ->
         launcher: what containerd is run by; both have to be in the same namespaces.
     """
     command = [*launcher, str(prefix / "bin/kata-vm-cache"), "--config", str(configuration)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        wait_until(lambda: bool(list(_READY_SHIMS.glob("*/sock"))), _READY_WITHIN, "ready shims")
-        yield
-    finally:
-        process.terminate()
-        process.wait(30)
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, stderr=said)
+        try:
+            wait_until(
+                lambda: bool(list(_READY_SHIMS.glob("*/sock"))), _READY_WITHIN, "ready shims"
+            )
+            yield
+        finally:
+            process.terminate()
+            process.wait(30)
+        said.seek(0)
+        if "no ready shim" in (text := said.read()):
+            raise RuntimeError(f"a shim was forked that should have been ready: {text}")
 
 
 def wait_full(endpoint: Path, number: int) -> None:

@@ -44,6 +44,16 @@ class Templates(Configuration):
             check=False,
         )
 
+    def run(self, *words: str) -> None:
+        """The same, where it has to succeed.
+
+        Raises:
+            RuntimeError: it did not; with what it said.
+        """
+        done = self.command(*words)
+        if done.returncode:
+            raise RuntimeError(f"kata-runtime factory {' '.join(words)}: {done.stderr}")
+
     def ready(self) -> list[Path]:
         """Directories of the templates that are complete."""
         return sorted(self.path.glob("[0-9a-f]*[0-9a-f]/template.json"))
