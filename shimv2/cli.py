@@ -208,7 +208,7 @@ def _start(args: Arguments) -> int:
         kill_processes(record.processes)  # it may not have got on record
         if listener is not None:
             listener.close()
-        remove_sandbox(args.id)
+        remove_sandbox(args.id, args.namespace)
         raise
     return 0
 

@@ -66,7 +66,7 @@ def serve(
     finally:
         listener.close()
         remove_socket(path)
-        for problem in remove_sandbox(sandbox_id):
+        for problem in remove_sandbox(sandbox_id, namespace):
             log.warning("left behind: %s", problem)
     return 0
 

@@ -31,7 +31,7 @@ def delete(container_id: str, namespace: str, bundle: str) -> bytes:
         # The same id may be another namespace's: that sandbox is none of our business.
         if record is not None and record.namespace == namespace:
             pid = record.processes.get("vmm", (0, 0))[0]
-            for problem in remove_sandbox(container_id):
+            for problem in remove_sandbox(container_id, namespace):
                 sys.stderr.write(f"left behind: {problem}\n")
     rootfs = Path(bundle, "rootfs")
     if os.path.ismount(rootfs):

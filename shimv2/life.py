@@ -76,6 +76,7 @@ class Life:
         self._failure: Exception | None = None
         self._decided = trio.Event()  # booted, or failed
         self._ending = False  # somebody asked for its end; now or soon it is stopped
+        self._lost = ""  # why it ended, where nobody had asked for it
         self._stop = trio.Event()
         self._ended = trio.Event()
 
@@ -138,29 +139,29 @@ class Life:
 
     async def run(self) -> None:
         """Boot, watch, end.  Never raises: what goes wrong is told to who asks for the guest."""
-        reason, lost = "it was stopped", False
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._cancel_on_stop, nursery.cancel_scope)
-                reason = await self._live()
-                lost = not self._ending  # a Create that fails by it asks for the end only now
+                await self._live()
                 nursery.cancel_scope.cancel()
         except Exception as error:
             cause = single_error(error) if isinstance(error, BaseExceptionGroup) else error
             reason = str(cause) or type(cause).__name__
-            self._failure, lost = cause, not self._ending
+            self._failure = cause
+            if not self._ending:
+                self._lost = reason
             what = "failed" if self._decided.is_set() else "did not start"
             log.error("the VM %s: %s", what, reason, exc_info=cause)
         finally:
             self._decided.set()
             self._ended.set()
-            self._sandbox.life_ended(self, reason, lost=lost)
+            self._sandbox.life_ended(self, self._lost)
 
     async def _cancel_on_stop(self, scope: trio.CancelScope) -> None:
         await self._stop.wait()
         scope.cancel()
 
-    async def _live(self) -> str:
+    async def _live(self) -> None:
         origin, sandbox = self.origin, self._sandbox
         with SandboxPlacement(sandbox.id, origin) as placement:
             self.netns = placement.netns_path
@@ -168,13 +169,14 @@ class Life:
             templates = _templates(origin.config)
             while True:
                 try:
-                    return await self._live_in(placement, templates)
+                    await self._live_in(placement, templates)
+                    return
                 except CloneError as error:
                     log.warning("%s", error)
                     assert templates is not None
                     templates = templates.what_is_left()
 
-    async def _live_in(self, placement: SandboxPlacement, templates: Templates | None) -> str:
+    async def _live_in(self, placement: SandboxPlacement, templates: Templates | None) -> None:
         origin, sandbox = self.origin, self._sandbox
         fixed = fixed_size(origin.config, origin.workload) if origin.workload else None
         async with (
@@ -215,8 +217,9 @@ class Life:
                 if templates is not None:
                     nursery.start_soon(templates.make_beside, sandbox.settings.host_mounts)
                 reason = await guest.wait_lost()
+                if not self._ending:  # what fails by it asks for the end, maybe before we are out
+                    self._lost = reason
                 nursery.cancel_scope.cancel()
-            return reason
 
 
 def _no_traces(_: list[Trace]) -> None:

@@ -259,16 +259,16 @@ class Sandbox:
         except Exception:
             log.exception("a task of the sandbox failed")
 
-    def life_ended(self, life: Life, reason: str, *, lost: bool) -> None:
+    def life_ended(self, life: Life, lost: str) -> None:
         """The VM is gone: so is everything that ran in it.
 
         Args:
-            lost: nobody had asked for it.
+            lost: why, where nobody had asked for it.
         """
         if life is not self._life:
             return
         if lost:
-            log.error("sandbox lost: %s", reason)
+            log.error("sandbox lost: %s", lost)
             self.exit_status = LOST_STATUS
         for container in self.containers.values():
             container.guest_lost()

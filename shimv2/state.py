@@ -139,34 +139,51 @@ class SandboxInUseError(Exception):
     """A running sandbox has this id already, in another namespace or containerd."""
 
 
+class _Exclusive:
+    """Nobody else claims or removes a sandbox meanwhile.
+
+    One lock for all ids: it is held for milliseconds, or while what a killed shim left is ended,
+    which takes seconds at the most.
+    """
+
+    def __enter__(self) -> None:
+        try:
+            self._fd = os.open(SANDBOXES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # nobody has claimed anything yet
+            self._fd = -1
+        else:
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
 def claim(record: SandboxRecord) -> None:
     """Make the sandbox's state directory ours.  What a dead shim left is cleared first.
 
     Raises:
         SandboxInUseError: a living shim owns the id.
-        OSError: it can't be written; names the file, and nothing is left.
+        OSError: it can't be written, or what was there not be removed; names the file, and
+            nothing of ours is left.
     """
     SANDBOXES.mkdir(mode=0o700, parents=True, exist_ok=True)
-    lock = os.open(SANDBOXES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        # Else two starts of one id in two namespaces take each other for what a dead shim left.
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    directory = record.path.parent
+    with _Exclusive():
         other = SandboxRecord.load(record.sandbox_id)
         if other is not None and other.shim_alive():
             raise SandboxInUseError(
                 f"sandbox id {record.sandbox_id!r} is in use by namespace "
                 f"{other.namespace!r} of containerd at {other.containerd!r}"
             )
-        if record.path.parent.exists():
-            remove_sandbox(record.sandbox_id)
-        record.path.parent.mkdir(mode=0o700)
+        if directory.exists() and (left := _remove(record.sandbox_id)):
+            raise OSError(errno.EBUSY, f"a dead shim's, and can't go: {'; '.join(left)}", directory)
+        directory.mkdir(mode=0o700)
         try:
             record.save()
         except OSError:
-            remove_sandbox(record.sandbox_id)
+            _remove(record.sandbox_id)
             raise
-    finally:
-        os.close(lock)
 
 
 def kill_processes(processes: dict[str, tuple[int, int]], limit: float = _KILL_LIMIT) -> list[str]:
@@ -202,12 +219,23 @@ def kill_processes(processes: dict[str, tuple[int, int]], limit: float = _KILL_L
     return list(open_fds.values())
 
 
-def remove_sandbox(sandbox_id: str) -> list[str]:
+def remove_sandbox(sandbox_id: str, namespace: str) -> list[str]:
     """End whatever is left of a sandbox and remove its files.  Idempotent.
+
+    Args:
+        namespace: whose sandbox it is; one of the same id that another has by now is let be.
 
     Returns:
         What could not be removed, one phrase each.
     """
+    with _Exclusive():
+        record = SandboxRecord.load(sandbox_id)
+        if record is not None and record.namespace != namespace:
+            return []
+        return _remove(sandbox_id)
+
+
+def _remove(sandbox_id: str) -> list[str]:
     left: list[str] = []
     record = SandboxRecord.load(sandbox_id)
     if record is not None:

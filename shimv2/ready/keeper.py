@@ -46,7 +46,7 @@ async def keep_ready_shims() -> None:
             log.warning("no ready shims: %s: %s", sys.executable, error.strerror)
         else:
             if status == UPDATED:
-                log.info("shims are forked from the version that is installed now")
+                log.info("the installed files have changed: shims are forked from them now")
                 continue
             if status:
                 log.warning("the process that shims are forked from ended with status %d", status)

@@ -152,7 +152,7 @@ class FakeLife:
                 await self.booted.lost.wait()
         finally:
             self._ended.set()
-            self.sandbox.life_ended(self, "lost", lost=not self._stop.is_set())  # type: ignore[arg-type]
+            self.sandbox.life_ended(self, "" if self._stop.is_set() else "the VMM has ended")  # type: ignore[arg-type]
 
 
 class FakeShare:

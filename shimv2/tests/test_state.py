@@ -6,6 +6,8 @@ import socket
 import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -66,7 +68,26 @@ def test_of_many_starts_of_one_id_at_once_one_has_it():
             (owner,) = filter(None, pool.map(start, range(8)))
             found = state.SandboxRecord.load("s1")
             assert found is not None and found.namespace == owner
-            state.remove_sandbox("s1")
+            state.remove_sandbox("s1", owner)
+
+
+def test_a_sandbox_that_another_namespace_has_by_now_is_let_be(sleeper):
+    """Its own `delete` comes late."""
+    theirs = record(namespace="other")
+    theirs.add_process("shim", sleeper.pid)
+    state.claim(theirs)
+    assert state.remove_sandbox("s1", "ns") == []
+    assert sleeper.poll() is None
+    assert state.SandboxRecord.load("s1") is not None
+
+
+def test_what_can_t_be_cleared_is_named(monkeypatch):
+    state.claim(record())
+    monkeypatch.setattr(state, "_detach_mounts_below", lambda _: None)
+    monkeypatch.setattr(Path, "rmdir", refuse := Mock(side_effect=PermissionError(1, "no")))
+    with pytest.raises(OSError, match=r"/s1: no.*/s1'"):
+        state.claim(record())
+    assert refuse.called
 
 
 def test_what_a_dead_shim_left_is_cleared_with_its_processes(sleeper):
@@ -100,8 +121,8 @@ def test_remove_sandbox_is_idempotent_and_complete(sleeper, directories):
     mine.add_process("vmm", sleeper.pid)
     state.claim(mine)
     (state.share_dir("s1") / "shared").mkdir(parents=True)
-    assert state.remove_sandbox("s1") == []
-    assert state.remove_sandbox("s1") == []
+    assert state.remove_sandbox("s1", "ns") == []
+    assert state.remove_sandbox("s1", "ns") == []
     assert sleeper.wait(5) == -9
     assert not path.exists()
     assert not list((directories / "sandboxes").iterdir())
