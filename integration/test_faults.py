@@ -48,6 +48,8 @@ def test_a_lost_helper_ends_the_task(kata: Kata, events: EventLog, fault) -> Non
     wait_until(lambda: "/tasks/exit" in events.topics(container_id), SOON, "an exit event")
     assert kata.delete(container_id) == LOST
     kata.ctr("container", "rm", container_id)
+    log = kata.containerd.log.read_text().splitlines()
+    assert sum("sandbox lost: " in line and container_id in line for line in log) == 1
 
 
 def in_guest(prefix: Path, container_id: str, script: str) -> None:
