@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import os
 
-from agent import upb
+from ttrpc import upb
 
 gc.disable()  # until all is loaded: there is no garbage before
 upb.install()

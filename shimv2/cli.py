@@ -299,6 +299,9 @@ def serve(
         if not os.read(recorded, 1):  # nobody wrote down whom `delete` has to end
             os._exit(1)
         only_descriptor(listener.fileno())
+        from ttrpc import upb
+
+        upb.install()
         from shimv2.daemon import serve as serve_sandbox
 
         status = serve_sandbox(

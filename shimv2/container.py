@@ -27,6 +27,7 @@ from shimv2.guest_spec import (
 from shimv2.hooks import ContainerState, run_hooks
 from shimv2.process import LOST_STATUS, Process, State
 from shimv2.spec import HookKind, Spec, SpecError
+from shimv2.timestamps import put
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError
 
@@ -200,7 +201,7 @@ class Container:
             pid=self._sandbox.pid,
             exit_status=process.exit_status,
         )
-        event.exited_at.FromNanoseconds(process.exited_at)
+        put(event.exited_at, process.exited_at)
         self._sandbox.events.publish(event)
 
     def guest_lost(self) -> None:

@@ -17,6 +17,7 @@ import trio
 from google.protobuf.message import Message
 
 from shimv2.api import events_service_pb2, task_events_pb2
+from shimv2.timestamps import put
 from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class EventPublisher:
             log.info("event %s: %s", topic, str(event).replace("\n", " "))
             return
         request = events_service_pb2.ForwardRequest()
-        request.envelope.timestamp.FromNanoseconds(time.time_ns())
+        put(request.envelope.timestamp, time.time_ns())
         request.envelope.namespace = self._namespace
         request.envelope.topic = topic
         # containerd's type registry knows events by their bare name.

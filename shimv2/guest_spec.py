@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from agent.api import oci_pb2
 from shimv2.spec import HookKind, Mount, Spec, SpecError, parse_json
+
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 _MessageT = TypeVar("_MessageT", bound=Message)
 
@@ -42,12 +44,10 @@ _GUEST_HOOKS = {
     HookKind.START_CONTAINER: "StartContainer",
 }
 
-_INTEGER_TYPES = {
-    FieldDescriptor.TYPE_INT32,
-    FieldDescriptor.TYPE_INT64,
-    FieldDescriptor.TYPE_UINT32,
-    FieldDescriptor.TYPE_UINT64,
-}
+# FieldDescriptorProto's Type and Label, by their numbers in descriptor.proto: the module with
+# their names belongs to protobuf's Python half, which a shim goes without (`ttrpc.upb`).
+_INT64, _UINT64, _INT32, _BOOL, _STRING, _UINT32 = 3, 4, 5, 8, 9, 13
+_REPEATED = 3
 
 
 class Converted(Generic[_MessageT]):
@@ -297,7 +297,7 @@ def _fill_list(
 
 
 def _scalar(field: FieldDescriptor, value: object, path: str) -> object:
-    if field.type == FieldDescriptor.TYPE_STRING:
+    if field.type == _STRING:
         if not isinstance(value, str):
             raise _bad(path, value, "a string")
         try:
@@ -305,16 +305,16 @@ def _scalar(field: FieldDescriptor, value: object, path: str) -> object:
         except UnicodeEncodeError:
             raise _bad(path, value, "valid Unicode") from None
         return value
-    if field.type == FieldDescriptor.TYPE_BOOL:
+    if field.type == _BOOL:
         if not isinstance(value, bool):
             raise _bad(path, value, "a bool")
         return value
-    if field.type not in _INTEGER_TYPES:
+    if field.type not in (_INT32, _INT64, _UINT32, _UINT64):
         raise SpecError(f"{path}: a field of type {field.type} is not expected in a spec")
     if not isinstance(value, int) or isinstance(value, bool):
         raise _bad(path, value, "a whole number")
-    bits = 32 if field.type in (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_UINT32) else 64
-    signed = field.type in (FieldDescriptor.TYPE_INT32, FieldDescriptor.TYPE_INT64)
+    bits = 32 if field.type in (_INT32, _UINT32) else 64
+    signed = field.type in (_INT32, _INT64)
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
     if not low <= value <= high:
         raise _bad(path, value, f"between {low} and {high}")
@@ -322,15 +322,16 @@ def _scalar(field: FieldDescriptor, value: object, path: str) -> object:
 
 
 def _is_map(field: FieldDescriptor) -> bool:
+    # `map_entry` is the only option of a message here, and GetOptions would load descriptor_pb2.
     kind = field.message_type
-    return kind is not None and kind.GetOptions().map_entry
+    return kind is not None and kind.has_options
 
 
 def _is_repeated(field: FieldDescriptor) -> bool:
     # `is_repeated` is new in protobuf 6, where `label` starts to warn.
     repeated = getattr(field, "is_repeated", None)
     if repeated is None:
-        repeated = getattr(field, "label", None) == FieldDescriptor.LABEL_REPEATED
+        repeated = getattr(field, "label", None) == _REPEATED
     return bool(repeated)
 
 

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import trio
-from google.protobuf import timestamp_pb2
 
 from shimv2 import pod_config, volumes
 from shimv2 import spec as oci
@@ -38,6 +37,7 @@ from shimv2.sizing import workload
 from shimv2.state import SandboxRecord, share_dir, start_time, vm_dir
 from shimv2.stats import Metrics, host_is_unified, to_containerd
 from shimv2.timeline import Timeline
+from shimv2.timestamps import timestamp
 from ttrpc.errors import Code, RpcError
 from vmm.errors import VmmError
 
@@ -458,7 +458,7 @@ class Sandbox:
                 container_id=container_id,
                 pid=self.pid,
                 exit_status=process.exit_status,
-                exited_at=_timestamp(process.exited_at),
+                exited_at=timestamp(process.exited_at),
             )
         )
 
@@ -512,9 +512,3 @@ class Sandbox:
                 if container_id in self.containers:
                     self.events.publish(task_events_pb2.TaskOOM(container_id=container_id))
                 await trio.sleep(_OOM_PAUSE)
-
-
-def _timestamp(nanoseconds: int) -> timestamp_pb2.Timestamp:
-    stamp = timestamp_pb2.Timestamp()
-    stamp.FromNanoseconds(nanoseconds)
-    return stamp

@@ -11,6 +11,7 @@ import trio
 
 from shimv2.api import sandbox_pb2 as api
 from shimv2.errors import as_rpc_error
+from shimv2.timestamps import put
 from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class SandboxService:
         with as_rpc_error():
             await self._sandbox.start_sandbox()
         answer = api.StartSandboxResponse(pid=self._sandbox.pid)
-        answer.created_at.FromNanoseconds(self._sandbox.created_at)
+        put(answer.created_at, self._sandbox.created_at)
         return answer
 
     async def Platform(self, request: Any, context: Context) -> Any:
@@ -65,7 +66,7 @@ class SandboxService:
         self._check_id(request.sandbox_id)
         await self._sandbox.wait_ended()
         answer = api.WaitSandboxResponse(exit_status=self._sandbox.exit_status)
-        answer.exited_at.FromNanoseconds(self._sandbox.exited_at)
+        put(answer.exited_at, self._sandbox.exited_at)
         return answer
 
     async def SandboxStatus(self, request: Any, context: Context) -> Any:
@@ -77,9 +78,9 @@ class SandboxService:
             state=READY if sandbox.is_running else NOT_READY,
         )
         if sandbox.created_at:
-            answer.created_at.FromNanoseconds(sandbox.created_at)
+            put(answer.created_at, sandbox.created_at)
         if sandbox.exited_at:
-            answer.exited_at.FromNanoseconds(sandbox.exited_at)
+            put(answer.exited_at, sandbox.exited_at)
         if request.verbose:
             answer.info.update(await sandbox.facts())
         return answer
@@ -98,7 +99,7 @@ class SandboxService:
         with as_rpc_error():
             stats = await self._sandbox.sandbox_stats()
         answer = api.SandboxMetricsResponse()
-        answer.metrics.timestamp.FromNanoseconds(time.time_ns())
+        put(answer.metrics.timestamp, time.time_ns())
         answer.metrics.id = self._sandbox.id
         answer.metrics.data.type_url = stats.DESCRIPTOR.full_name
         answer.metrics.data.value = stats.SerializeToString()

@@ -15,6 +15,7 @@ from google.protobuf import empty_pb2
 
 from shimv2.errors import as_rpc_error
 from shimv2.process import Process
+from shimv2.timestamps import put
 from ttrpc.errors import Code, RpcError
 
 if TYPE_CHECKING:
@@ -157,4 +158,4 @@ class TaskService:
 
 def _set_time(field: Any, nanoseconds: int) -> None:
     if nanoseconds:
-        field.FromNanoseconds(nanoseconds)
+        put(field, nanoseconds)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import sys
-from agent import upb
+from ttrpc import upb
 fast = upb.install() if sys.argv[1] == "fast" else False
 from google.protobuf import any_pb2, empty_pb2
 from agent.api import agent_pb2, csi_pb2, health_pb2, oci_pb2, types_pb2
@@ -71,7 +71,7 @@ def test_too_late_changes_nothing() -> None:
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         "from google.protobuf import descriptor_pool, text_format\n"
-        "from agent import upb\n"
+        "from ttrpc import upb\n"
         "assert not upb.install()\n"
         "from agent.api import agent_pb2\n"
         "assert text_format.MessageToString(agent_pb2.Device(id='x')) == 'id: \"x\"\\n'\n"

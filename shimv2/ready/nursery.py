@@ -27,10 +27,11 @@ from shimv2.bootstrap import parse_params
 from shimv2.ready import hand_over, likeness
 from shimv2.state import READY_SHIMS
 from shimv2.version import SHIM_BINARY
+from ttrpc import upb
 
 # What a shim loads in any case, and what it loads while it starts a container.
 _WANTED = (
-    "google.protobuf.descriptor_pb2",
+    "encodings.unicode_escape",
     "shimv2.boot.history",
     "shimv2.daemon",
     "shimv2.factory.templates",
@@ -58,6 +59,7 @@ def main(code: list[object]) -> int:
     with contextlib.suppress(KeyboardInterrupt), _only_one(os.path.dirname(path)) as first:
         if not first:
             return 0
+        upb.install()
         for name in _WANTED:
             __import__(name)
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:

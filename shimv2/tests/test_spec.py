@@ -6,13 +6,16 @@ from __future__ import annotations
 import copy
 import json
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.descriptor import Descriptor
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.api import oci_pb2
 from shimv2 import guest_spec
 from shimv2.spec import ContainerKind, HookKind, Spec, SpecError, load
 
@@ -472,3 +475,17 @@ def test_any_value_anywhere_is_taken_or_refused_clearly(key: str, value: object)
         guest_spec.guest_spec(spec, root_path="/r", mounts=spec.mounts)
     except SpecError as error:
         assert ": " in str(error)
+
+
+def test_a_message_with_options_is_the_entry_of_a_map() -> None:
+    """What `guest_spec` tells them by."""
+
+    def below(message: Descriptor) -> Iterator[Descriptor]:
+        yield message
+        for nested in message.nested_types:
+            yield from below(nested)
+
+    messages = [m for top in oci_pb2.DESCRIPTOR.message_types_by_name.values() for m in below(top)]
+    entries = {m.full_name for m in messages if m.GetOptions().map_entry}
+    assert "grpc.Spec.AnnotationsEntry" in entries
+    assert {m.full_name for m in messages if m.has_options} == entries
