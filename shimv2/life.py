@@ -149,7 +149,7 @@ class Life:
             reason = str(cause) or type(cause).__name__
             self._failure = cause
             if not self._ending:
-                self._lost = reason
+                self._lost = self._lost or reason
             what = "failed" if self._decided.is_set() else "did not start"
             log.error("the VM %s: %s", what, reason, exc_info=cause)
         finally:

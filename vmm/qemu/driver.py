@@ -336,7 +336,7 @@ class Qemu(Hypervisor):
         await self._qmp.execute("query-status")
 
     def fingerprint(self, extra: str = "") -> str:
-        ports = _count_root_ports(self._boot_devices)
+        ports = pci.ports_for(self._boot_devices)
         parts = [part.device for part in self._boot_parts]
         return fingerprint.fingerprint(self.config, self.accelerator, parts, ports, extra)
 
@@ -366,7 +366,7 @@ class Qemu(Hypervisor):
         if self.config.image is not None:
             disk = BlockDevice(id="image", path=self.config.image, readonly=True)
             parts.insert(0, devices.virtio_blk(disk, pci.root_slot(pci.ROOT_DISK_SLOT)))
-        self._layout.root_ports = _count_root_ports(self._boot_devices)
+        self._layout.root_ports = pci.ports_for(self._boot_devices)
         boot = command_line.Boot(
             config=self.config,
             accelerator=self._accelerator,
@@ -582,15 +582,6 @@ def _log_line(line: str) -> None:
 
 def _is_scsi_disk(device: Device) -> bool:
     return isinstance(device, BlockDevice) and device.driver == "virtio-scsi"
-
-
-def _count_root_ports(boot_devices: list[Device]) -> int:
-    """A port for each kind of device that goes there and is not part of the boot.
-
-    No more: an empty one costs an emulated boot 25 ms.
-    """
-    kinds = {type(device) for device in boot_devices}
-    return sum(kind not in kinds for kind in (FsDevice, VsockDevice))
 
 
 def _check_file(what: str, path: Path) -> None:
