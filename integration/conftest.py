@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from integration.lib.configuration import Configuration
+from integration.lib.configuration import Configuration, installed
 from integration.lib.containerd import DEBIAN, Containerd, Edition
 from integration.lib.cri import CriNode
 from integration.lib.go_tools import containerd_edition
@@ -75,7 +75,7 @@ def make_containerd(edition: Edition, prefix: Path) -> Containerd:
 
     Debian's sandboxes boot, those of the other one are clones, so that all tests see both.
     """
-    configuration = prefix / "share/defaults/kata-containers/configuration.toml"
+    configuration = installed(prefix)
     if edition is DEBIAN:
         configuration = without_templates(prefix)
     daemon = Containerd(

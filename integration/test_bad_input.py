@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from integration.lib.configuration import installed
 from integration.lib.containerd import RUNTIME
 from integration.lib.images import BUSYBOX_REFERENCE
 from integration.lib.kata import Kata, wait_until
@@ -33,7 +34,7 @@ def run_with(kata: Kata, config: Path, *command: str) -> str:
 @pytest.fixture
 def configuration(prefix: Path, tmp_path: Path):
     """A function that writes the installed configuration with one line replaced."""
-    base = (prefix / "share/defaults/kata-containers/configuration.toml").read_text()
+    base = installed(prefix).read_text()
 
     def write(key: str, value: str) -> Path:
         lines = base.splitlines()

@@ -18,7 +18,7 @@ import pytest
 
 from integration.conftest import edition_named
 from integration.lib.bundles import spec, unpack_busybox, write
-from integration.lib.configuration import Configuration
+from integration.lib.configuration import Configuration, installed
 from integration.lib.containerd import RUNTIME, Containerd, CtrError
 from integration.lib.disks import (
     direct_volume,
@@ -55,7 +55,7 @@ def disk_containerd(prefix: Path, place: Path) -> Iterator[Containerd]:
         _IMAGE,
         Image([busybox_layer(), *(layer_of({f"layer{n}": b"x"}) for n in range(1, _LAYERS))]),
     )
-    configuration = prefix / "share/defaults/kata-containers/configuration.toml"
+    configuration = installed(prefix)
     daemon = Containerd(
         edition_named("go"),
         shim_path=[prefix / "bin"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.lib.configuration import installed
 from integration.lib.containerd import RUNTIME, Containerd
 from integration.lib.go_tools import containerd_edition
 from integration.lib.host_network import HostNetwork
@@ -39,7 +40,7 @@ def client(
         program = nerdctl()
     except NoNerdctl as error:
         pytest.skip(f"no nerdctl here: {error}")
-    configuration = prefix / "share/defaults/kata-containers/configuration.toml"
+    configuration = installed(prefix)
     with Containerd(
         containerd_edition(),
         shim_path=[prefix / "bin"],

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.lib.configuration import installed
 from integration.lib.containerd import Containerd, Edition
 from integration.lib.images import busybox_image
 from integration.lib.kata import Kata
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not PEER_DIR, reason="KATA_PEER_DIR does not say
 
 def configuration(prefix: Path, tmp_path: Path, **changes: str) -> Path:
     """The installed configuration with some values replaced."""
-    text = (prefix / "share/defaults/kata-containers/configuration.toml").read_text()
+    text = installed(prefix).read_text()
     for key, value in changes.items():
         text, count = re.subn(rf"(?m)^#? *{key} = .*$", f"{key} = {value}", text, count=1)
         assert count, key

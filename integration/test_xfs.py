@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from integration.conftest import edition_named
+from integration.lib.configuration import installed
 from integration.lib.containerd import Containerd
 from integration.lib.disks import direct_volume, mounted, record, total_bytes, xfs
 from integration.lib.images import busybox_image
@@ -32,9 +33,7 @@ def kata(prefix: Path, place: Path) -> Iterator[Kata]:
     daemon = Containerd(
         edition_named("go"),
         shim_path=[prefix / "bin"],
-        environment={
-            "KATA_CONF_FILE": str(prefix / "share/defaults/kata-containers/configuration.toml")
-        },
+        environment={"KATA_CONF_FILE": str(installed(prefix))},
         extra_config=f"""
 [plugins."io.containerd.snapshotter.v1.blockfile"]
   scratch_file = "{xfs(place / "scratch.img")}"
