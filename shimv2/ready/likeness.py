@@ -123,7 +123,8 @@ def _status() -> dict[str, str]:
 
 def _signals(mask: str) -> list[int]:
     """Numbers of the signals in a mask of /proc/self/status."""
-    return [number for number in range(1, 65) if int(mask, 16) >> (number - 1) & 1]
+    bits = int(mask, 16)
+    return [number for number in range(1, 65) if bits >> (number - 1) & 1]
 
 
 def _limits() -> list[int]:
