@@ -26,6 +26,7 @@ _KERNEL = {
     "bison": "bison",
     "bc": "bc",
     "xz": "xz-utils",
+    "patch": "patch",
     "strip": "binutils",
     "perl": "perl",
     "/usr/include/gelf.h": "libelf-dev",

@@ -62,9 +62,10 @@ class Agent:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel built from a Debian source package and configuration fragments."""
+    """A kernel built from a Debian source package, patches and configuration fragments."""
 
     source: str = "linux-source-6.12"
+    patches: tuple[Path, ...] = ()
     fragments: tuple[Path, ...] = ()
     debian_image: str = "linux-image-cloud-amd64"
     modules: tuple[str, ...] = ()
@@ -201,13 +202,10 @@ class _Reader:
 
     def _kernel(self, data: object) -> Kernel:
         found = self._mapping(data, "kernel", Kernel)
-        fragments: list[Path] = []
-        for pattern in self._texts(found.get("fragments", []), "kernel.fragments"):
-            matches = sorted(Path(name) for name in glob.glob(str(self._folder / pattern)))
-            fragments += matches or [self._host_path(pattern, "kernel.fragments")]
         return Kernel(
             source=self._text(found.get("source", Kernel.source), "kernel.source"),
-            fragments=tuple(fragments),
+            patches=self._matches(found.get("patches", []), "kernel.patches"),
+            fragments=self._matches(found.get("fragments", []), "kernel.fragments"),
             debian_image=self._text(
                 found.get("debian_image", Kernel.debian_image), "kernel.debian_image"
             ),
@@ -296,6 +294,14 @@ class _Reader:
 
     def _guest_paths(self, value: object, key: str) -> tuple[str, ...]:
         return tuple(self._guest_path(item, key) for item in self._texts(value, key))
+
+    def _matches(self, patterns: object, key: str) -> tuple[Path, ...]:
+        """Files of the host, those of one pattern in the order of their names."""
+        found: list[Path] = []
+        for pattern in self._texts(patterns, key):
+            matches = sorted(Path(name) for name in glob.glob(str(self._folder / pattern)))
+            found += matches or [self._host_path(pattern, key)]
+        return tuple(found)
 
     def _host_path(self, value: object, key: str) -> Path:
         path = (self._folder / self._text(value, key)).resolve()

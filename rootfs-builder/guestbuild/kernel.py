@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small kernel built from Debian's kernel source and configuration fragments."""
+"""A small kernel built from Debian's kernel source, a few patches and configuration fragments."""
 
 from __future__ import annotations
 
@@ -70,12 +70,14 @@ def build(
     """Build a kernel, or take it from the cache.
 
     Raises:
-        BuildError: An option of a fragment doesn't take effect; the compiler fails.
+        BuildError: A patch doesn't apply; an option of a fragment doesn't take effect; the
+            compiler fails.
     """
     options = merge(kernel.fragments)
     config_digest = digest.of_value(options)
     compiler = run(["gcc", "--version"]).splitlines()[0]
-    key = digest.of_value([source.name, source.version, config_digest, compiler])
+    patches = [digest.of_file(patch) for patch in kernel.patches]
+    key = digest.of_value([source.name, source.version, patches, config_digest, compiler])
     folder = cache / "kernel" / key
     result = BuiltKernel(folder / "vmlinux", source.version, config_digest)
     if result.vmlinux.exists():
@@ -86,6 +88,8 @@ def build(
     (cache / "work").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache / "work", prefix="kernel-") as scratch:
         tree = _unpack(package, Path(scratch), progress)
+        for patch in kernel.patches:
+            apply_patch(patch, tree)
         objects = Path(scratch) / "objects"
         objects.mkdir()
         make: list[str | Path] = ["make", "-C", tree, f"O={objects}", *_FIXED]
@@ -120,6 +124,18 @@ def _unpack(package: Path, scratch: Path, progress: Progress) -> Path:
         shutil.rmtree(scratch / "package")
         (tree,) = scratch.glob("linux-source-*")
     return tree
+
+
+def apply_patch(patch: Path, tree: Path) -> None:
+    """Apply a patch as `git diff` writes it.
+
+    Raises:
+        BuildError: It does not fit the source; names the patch and the place.
+    """
+    try:
+        run(["patch", "--strip=1", "--batch", "--forward", f"--directory={tree}", "--input", patch])
+    except BuildError as error:
+        raise BuildError(f"{patch.name} does not fit this kernel's source: {error}") from error
 
 
 def _configure(make: list[str | Path], objects: Path, options: Mapping[str, str]) -> None:

@@ -30,6 +30,7 @@ def test_the_shipped_description_loads() -> None:
     assert guest.agent.entry == "agent.main:main"
     assert guest.agent.path == FOLDER.parent
     assert len(guest.kernel.fragments) == len(list((FOLDER / "kernel").glob("*.config"))) > 0
+    assert len(guest.kernel.patches) == len(list((FOLDER / "kernel/patches").iterdir())) > 0
     assert all("--hash=sha256:" in wheel for wheel in guest.wheels)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from guestbuild import debian_kernel, kernel
+from guestbuild.errors import BuildError
 
 FOLDER = Path(__file__).resolve().parent.parent / "kernel"
 
@@ -58,3 +59,24 @@ def test_modules_load_after_what_they_need() -> None:
     assert debian_kernel.load_order(["a", "d-e", "c"], needs.__getitem__) == ["c", "b", "a", "d_e"]
     with pytest.raises(KeyError):
         debian_kernel.load_order(["missing"], needs.__getitem__)
+
+
+def test_patches_change_the_source_or_fail_by_name(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "a.c").write_text("one\ntwo\nthree\n")
+    patch = tmp_path / "two.patch"
+    patch.write_text("--- a/a.c\n+++ b/a.c\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n")
+    kernel.apply_patch(patch, tree)
+    assert (tree / "a.c").read_text() == "one\n2\nthree\n"
+    with pytest.raises(BuildError, match=r"two\.patch does not fit this kernel's source"):
+        kernel.apply_patch(patch, tree)
+    assert (tree / "a.c").read_text() == "one\n2\nthree\n"
+
+
+def test_shipped_patches_say_what_they_are_for() -> None:
+    for patch in (FOLDER / "patches").iterdir():
+        text, mark, _ = patch.read_text().partition("\ndiff --git ")
+        assert patch.suffix == ".patch" and mark, patch.name
+        assert text.startswith("SPDX-License-Identifier: GPL-2.0-only\n"), patch.name
+        assert len(text.split()) > 30, patch.name
