@@ -31,7 +31,9 @@ def install() -> bool:
     try:
         import google.protobuf.internal as internal
         from google import protobuf
-        from google._upb import _message
+
+        with _plain_tuples():
+            from google._upb import _message
         from google.protobuf.internal import enum_type_wrapper
         from google.protobuf.message import Message
     except ImportError:
@@ -85,6 +87,31 @@ def install() -> bool:
 
 class _Domain:
     PUBLIC = None
+
+
+class _plain_tuples:
+    """For a while collections has nothing but named tuples, and those have no names.
+
+    upb makes one for unknown fields, which nobody here looks at.  `namedtuple` compiles source: where
+    nothing else does, half of what it costs an emulated guest is Python's parser and compiler.
+    """
+
+    def __enter__(self) -> None:
+        self._active = "collections" not in sys.modules
+        if self._active:
+            import _collections_abc
+
+            module = type(sys)("collections")
+            module.__dict__.update(abc=_collections_abc, namedtuple=_plain_tuple, __path__=[])
+            sys.modules |= {"collections": module, "collections.abc": _collections_abc}
+
+    def __exit__(self, *_: object) -> None:
+        if self._active:
+            del sys.modules["collections"], sys.modules["collections.abc"]
+
+
+def _plain_tuple(name: str, fields: list[str]) -> type:
+    return type(name, (tuple,), {})
 
 
 def _stand_in(parent: ModuleType, name: str, **content: object) -> None:
