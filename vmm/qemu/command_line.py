@@ -17,8 +17,9 @@ from vmm.qemu.devices import SERIAL_ID, Parts, pci_device
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 """Strictest seccomp policy that still starts: QEMU's helpers are never needed."""
 
-TCG_BUFFER_MIB = 64
-"""Translated code kept; QEMU's own default is an eighth of the host's memory, all of which
+TCG_BUFFER_MIB = 96
+"""Translated code kept; when it is full, all of it is thrown away.  A boot, a container and a few
+execs fill 70 MiB (`x-query-jit`).  QEMU's own default is an eighth of the host's memory, all of which
 a long-lived guest ends up filling."""
 
 TCG_REGION_MIB = 2
