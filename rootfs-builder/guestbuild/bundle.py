@@ -50,7 +50,7 @@ def key(description: Description) -> str:
         [
             digest.of_tree(files),
             options,
-            digest.of_builder("bundle", "startup", "guest/loader", "guest/collect"),
+            digest.of_builder("bundle", "launcher", "startup", "guest/loader", "guest/collect"),
         ]
     )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from guestbuild import launcher
+
 PROGRAMS = Path(__file__).resolve().parent.parent / "guestbuild/guest"
 MAIN = """\
 import app.used
@@ -39,24 +41,23 @@ def collect(tmp_path: Path, *, entry: str = "app.main:main", main: str = MAIN) -
     words = [
         library,
         PROGRAMS / "loader.py",
+        tmp_path / "init.pyc",
         tmp_path / "agent.bin",
         entry,
         "app",
     ]
     python = [sys.executable, "-sSP", PROGRAMS / "collect.py"]
     subprocess.run([*python, *map(str, words)], check=True, capture_output=True)
-    return tmp_path / "agent.bin"
+    return tmp_path / "init.pyc"
 
 
 def start(file: Path) -> str:
-    script = (
-        "import marshal\n"
-        f"code, names = marshal.loads(open({str(file)!r}, 'rb').read())\n"
-        "exec(code, {'__name__': 'init', **names})\n"
+    init = file.with_name("init")
+    init.write_bytes(
+        launcher.program(sys.executable, [sys.executable, "-IS", str(file)], "LC_ALL=C")
     )
-    result = subprocess.run(
-        [sys.executable, "-ISc", script], capture_output=True, text=True, check=False
-    )
+    init.chmod(0o755)
+    result = subprocess.run([init], capture_output=True, text=True, check=False)
     return result.stdout + result.stderr
 
 
@@ -81,12 +82,28 @@ def test_what_is_not_in_the_file_is_found_in_the_library(tmp_path: Path) -> None
 
 
 def test_the_file_is_the_same_each_time(tmp_path: Path) -> None:
-    first = collect(tmp_path).read_bytes()
-    (tmp_path / "agent.bin").unlink()
-    assert collect(tmp_path).read_bytes() == first
+    file = collect(tmp_path)
+    results = [file, file.with_name("agent.bin")]
+    first = [result.read_bytes() for result in results]
+    for result in results:
+        result.unlink()
+    collect(tmp_path)
+    assert [result.read_bytes() for result in results] == first
 
 
 def test_an_agent_that_does_not_import_fails_the_build(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as caught:
         collect(tmp_path, entry="app.nowhere:main")
     assert b"No module named 'app.nowhere'" in caught.value.stderr
+
+
+def test_source_is_compiled_only_when_the_image_is_built(tmp_path: Path) -> None:
+    main = (
+        "def main():\n"
+        "    import sys\n"
+        "    sys.addaudithook(lambda event, _: event == 'compile' and print('compiles'))\n"
+        "    import app.used\n"
+        "    compile('1', '', 'eval')\n"
+        "    print(app.used.NAME, sys.flags.utf8_mode, sys.getfilesystemencoding())\n"
+    )
+    assert start(collect(tmp_path, main=main)).splitlines() == ["compiles", "used 1 utf-8"]

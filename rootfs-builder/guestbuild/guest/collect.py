@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs once, when an image is built, by the guest's Python: writes the file that PID 1 starts from.
+"""Runs once, when an image is built, by the guest's Python: writes the files that PID 1 starts from.
 
-Arguments: the library's folder, the loader's source, the result, MODULE:FUNCTION and a
-comma-separated list of the agent's packages. The file begins with a marshalled (loader's code, names
-that it runs with), and goes on with the modules' bytecode.
+Arguments: the library's folder, the loader's source, the loader compiled, the modules' file,
+MODULE:FUNCTION and a comma-separated list of the agent's packages. The modules' bytecode lies one
+after the other in its file; where, is in the compiled loader.
 """
 
 import marshal
 import os
 import sys
+from _frozen_importlib_external import MAGIC_NUMBER
 
-library, loader, result, entry, packages = sys.argv[1:]
-with open(loader, encoding="utf-8") as source:
-    loader_code = compile(source.read(), "loader.py", "exec", dont_inherit=True, optimize=2)
+library, loader, program, result, entry, packages = sys.argv[1:]
 sys.path.append(library)
 module, function = entry.split(":")
 __import__(module)
@@ -46,26 +45,19 @@ for name, found in list(sys.modules.items()):
     chunks.append(code)
     length += len(code)
 
-
-def head(start: int) -> bytes:
-    """The first part of the file, when the modules begin at `start`."""
-    places = {
-        name: (is_package, origin, start + offset, size)
-        for name, (is_package, origin, offset, size) in index.items()
-    }
-    names = {
-        "INDEX": places,
-        "FILE": result,
-        "LIBRARY": library,
-        "ENTRY": (module, function),
-    }
-    return marshal.dumps((loader_code, names))
-
-
-start = len(head(1 << 20))
-if len(head(start)) != start:
-    sys.exit("the head's length depends on the numbers in it")
+names = {
+    "INDEX": index,
+    "FILE": result,
+    "LIBRARY": library,
+    "ENTRY": (module, function),
+}
+with open(loader, encoding="utf-8") as source:
+    _, _, text = source.read().partition("\n")  # in place of the licence's line: line numbers stay
+constants = "; ".join(f"{name} = {value!r}" for name, value in names.items())
+program_code = compile(f"{constants}\n{text}", "loader.py", "exec", dont_inherit=True, optimize=2)
+with open(program, "wb") as target:
+    # A pyc: magic, flags, and the time and size of a source that it does not have (PEP 552).
+    target.write(MAGIC_NUMBER + bytes(12) + marshal.dumps(program_code))
 with open(result, "wb") as target:
-    target.write(head(start))
     target.write(b"".join(chunks))
-print(len(index), start)
+print(len(index))

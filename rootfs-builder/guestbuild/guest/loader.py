@@ -3,7 +3,8 @@
 
 The usual importer looks through folders and checks times for each module, in Python code that an
 emulated guest runs slowly. The index tells where in the file the bytecode of each known module
-lies; anything else is found in the usual way. See startup.py for how this is put together.
+lies; anything else is found in the usual way. See startup.py for how this is put together; the
+names in capitals come from collect.py.
 """
 
 import posix
