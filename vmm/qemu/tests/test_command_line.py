@@ -57,7 +57,7 @@ def test_what_is_always_there() -> None:
     assert options(argv, "-m") == ["2048M,slots=10,maxmem=9216M"]
     assert options(argv, "-smp") == ["4,sockets=4,cores=1,threads=1,maxcpus=4"]
     # Three vCPUs that may never run hold a region of the buffer each.
-    assert options(argv, "-accel") == ["tcg,thread=multi,tb-size=70"]
+    assert options(argv, "-accel") == ["tcg,thread=multi,tb-size=102"]
     backend = json.loads(options(argv, "-object")[0])
     assert backend["qom-type"] == "memory-backend-memfd"
     assert backend["share"] is True
