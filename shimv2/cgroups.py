@@ -212,12 +212,15 @@ class SandboxCgroups:
         Raises:
             CgroupError: the kernel refuses.
         """
+        one_thread = len(os.listdir("/proc/self/task")) == 1
         for hierarchy in self._hierarchies:
             if not stay:
                 self._home[hierarchy.root] = _own_cgroup(hierarchy)
-            file = self._directory(hierarchy, self._overhead) / "cgroup.procs"
+            # One thread enters without waiting for all of the kernel (see vmm.process).
+            name = "tasks" if one_thread and not hierarchy.is_v2 else "cgroup.procs"
+            file = self._directory(hierarchy, self._overhead) / name
             try:
-                file.write_text(str(os.getpid()))
+                file.write_text("0")
             except OSError as error:
                 raise CgroupError(f"cgroup {file}: {error.strerror}") from error
 

@@ -208,8 +208,8 @@ class Life:
             self.drives = Drives(origin.config.hypervisor, guest)
             log.info("guest is up: %s", sandbox.timeline)
             self._decided.set()
-            placement.add_vcpu_threads(await guest.vcpu_threads())
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(_place_vcpus, placement, guest)
                 nursery.start_soon(sandbox.watch_oom, guest)
                 nursery.start_soon(network.follow, guest)
                 if origin.netns and not origin.config.runtime.disable_new_netns:
@@ -220,6 +220,10 @@ class Life:
                 if not self._ending:  # what fails by it asks for the end, maybe before we are out
                     self._lost = reason
                 nursery.cancel_scope.cancel()
+
+
+async def _place_vcpus(placement: SandboxPlacement, guest: Guest) -> None:
+    await placement.add_vcpu_threads(await guest.vcpu_threads())
 
 
 def _no_traces(_: list[Trace]) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+import trio
+
 from shimv2.cgroups import SandboxCgroups
 from shimv2.namespaces import is_host_network, new_network_namespace, open_network_namespace
 from ttrpc.errors import Code, RpcError
@@ -77,10 +79,11 @@ class SandboxPlacement:
         )
         return self
 
-    def add_vcpu_threads(self, threads: Iterable[int]) -> None:
+    async def add_vcpu_threads(self, threads: Iterable[int]) -> None:
         """Put the VMM's vCPU threads where the pod's CPU limits hold."""
         assert self._cgroups is not None
-        self._cgroups.add_vcpu_threads(threads)
+        # The kernel lets nobody fork for some milliseconds before it moves another's threads.
+        await trio.to_thread.run_sync(self._cgroups.add_vcpu_threads, list(threads))
 
     def confine(self, cpus: str, nodes: str) -> None:
         """Let the vCPUs run on these CPUs and memory nodes of the host only; "" means all.

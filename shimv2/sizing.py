@@ -160,7 +160,7 @@ class Sizing:
     async def _add_vcpus(self, count: int) -> None:
         got = await self._guest.vm.resize_vcpus(count)
         self._size = Size(got, self._size.memory_mib)
-        self._placement.add_vcpu_threads(await self._guest.vcpu_threads())
+        await self._placement.add_vcpu_threads(await self._guest.vcpu_threads())
         request = agent_pb2.OnlineCPUMemRequest(wait=True, nb_cpus=got, cpu_only=True)
         await self._guest.call("OnlineCPUMem", request)
 

@@ -19,6 +19,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import trio
 
@@ -219,7 +220,7 @@ class HelperProcess:
                 opened.callback(os.close, netns_fd)
             cgroup_fds = []
             for procs in self._placement.cgroup_procs:
-                cgroup_fds.append(_open(procs, os.O_WRONLY, "cgroup"))
+                cgroup_fds.append(_open(_for_one_thread(procs), os.O_WRONLY, "cgroup"))
                 opened.callback(os.close, cgroup_fds[-1])
             parent = os.getpid()
 
@@ -312,6 +313,17 @@ class HelperProcess:
             if not data:
                 return
             self.output.feed(data)
+
+
+def _for_one_thread(procs: Path) -> Path:
+    """Where a process with one thread enters the cgroup of a `cgroup.procs` soonest.
+
+    For all threads of a process the kernel locks out every fork and waits for an RCU grace period,
+    10 to 30 ms; for the thread that writes it does not (kernel/cgroup/cgroup.c,
+    cgroup_procs_write_start).  Version 2 has no such file in a cgroup of processes.
+    """
+    tasks = procs.with_name("tasks")
+    return tasks if tasks.exists() else procs
 
 
 def _open(path: os.PathLike[str], flags: int, what: str) -> int:

@@ -140,7 +140,9 @@ def _move(wanted: str) -> None:
         _, controllers, path = line.split(":", 2)
         for directory in _mounted(controllers):
             if os.path.isdir(directory):
-                with open(f"{directory}{path}/cgroup.procs", "w") as file:
+                # This process has one thread, which version 1 lets in without delay (vmm.process).
+                name = "tasks" if controllers else "cgroup.procs"
+                with open(f"{directory}{path}/{name}", "w") as file:
                     file.write("0")
                 break
         else:

@@ -70,7 +70,7 @@ class FakePlacement:
         self.threads: list[int] = []
         self.confined = "", ""
 
-    def add_vcpu_threads(self, threads: Iterable[int]) -> None:
+    async def add_vcpu_threads(self, threads: Iterable[int]) -> None:
         self.threads = list(threads)
 
     def confine(self, cpus: str, nodes: str) -> None:
