@@ -9,7 +9,10 @@ more to import than all the rest).  Field numbers: ``shimv2/api/bootstrap.proto`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SOCKET_DIR = "/run/containerd/s"
 _MAX_STDIN = 10 << 20  # containerd writes options, never more than this

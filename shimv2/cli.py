@@ -9,14 +9,16 @@ already, in the process that `shimv2.ready` forks a shim from.
 from __future__ import annotations
 
 import os
-import socket
 import sys
+from _socket import AF_UNIX
+from _socket import socket as Socket  # what socket adds is enum and selectors, 5 ms of imports
 
-from shimv2 import bootstrap
+from shimv2 import bootstrap, light_json
 from shimv2.version import RUNTIME_NAME, SHIM_BINARY, VERSION
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing takes as long to import as json and re together
+    import socket
     from typing import NoReturn
 
 USAGE = f"""\
@@ -195,7 +197,7 @@ def _start(args: Arguments) -> int:
             pid = os.fork()
             if pid == 0:
                 os.close(recorded_write)
-                serve(args, params, listener, recorded)
+                serve(args, params, _as_socket(listener), recorded)
             os.close(recorded)
         record.add_process("shim", pid)
         record.save()
@@ -231,10 +233,8 @@ def group_of(bundle: str, container_id: str) -> str:
             text = file.read()
     except OSError:
         return container_id
-    import json
-
     try:
-        spec = json.loads(text)
+        spec = light_json.loads(text)
         annotations = spec.get("annotations") or {}
         for key in GROUP_ANNOTATIONS:
             group = annotations.get(key)
@@ -255,7 +255,7 @@ GROUP_ANNOTATIONS = (
 
 
 def _somebody_listens(path: str) -> bool:
-    probe = socket.socket(socket.AF_UNIX)
+    probe = Socket(AF_UNIX)
     probe.settimeout(_PROBE_LIMIT)
     try:
         probe.connect(path)
@@ -266,14 +266,14 @@ def _somebody_listens(path: str) -> bool:
     return True
 
 
-def _listen(path: str) -> socket.socket:
+def _listen(path: str) -> Socket:
     directory = os.path.dirname(path)
     os.makedirs(directory, mode=0o711, exist_ok=True)
     try:  # noqa: SIM105  # contextlib is not worth its import
         os.unlink(path)  # nobody listens there: left by a shim that was killed
     except FileNotFoundError:
         pass
-    listener = socket.socket(socket.AF_UNIX)
+    listener = Socket(AF_UNIX)
     try:
         listener.bind(path)
         os.chmod(path, 0o600)
@@ -282,6 +282,12 @@ def _listen(path: str) -> socket.socket:
         listener.close()
         raise UsageError(f"cannot listen on {path}: {error.strerror or error}") from error
     return listener
+
+
+def _as_socket(plain: Socket) -> socket.socket:
+    import socket
+
+    return socket.socket(fileno=plain.detach())
 
 
 def serve(

@@ -9,11 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
+from shimv2 import state
 from shimv2.bootstrap import delete_response
 from shimv2.cli import group_of
-from shimv2.state import SandboxRecord, remove_sandbox
 
 KILLED_STATUS = 137  # 128 + SIGKILL, as runc's shim and Kata report it
 
@@ -27,15 +26,17 @@ def delete(container_id: str, namespace: str, bundle: str) -> bytes:
     """
     pid = 0
     if group_of(bundle, container_id) == container_id:
-        record = SandboxRecord.load(container_id)
+        record = state.SandboxRecord.load(container_id)
         # The same id may be another namespace's: that sandbox is none of our business.
         if record is not None and record.namespace == namespace:
             pid = record.processes.get("vmm", (0, 0))[0]
-            for problem in remove_sandbox(container_id, namespace):
+            for problem in state.remove_sandbox(container_id, namespace):
                 sys.stderr.write(f"left behind: {problem}\n")
-    rootfs = Path(bundle, "rootfs")
+    rootfs = os.path.join(bundle, "rootfs")
     if os.path.ismount(rootfs):
+        from pathlib import Path
+
         from shimv2.mounts import umount_detached
 
-        umount_detached(rootfs)
+        umount_detached(Path(rootfs))
     return delete_response(pid, KILLED_STATUS, time.time_ns())

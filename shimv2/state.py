@@ -7,23 +7,19 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
-import select
-import signal
-import socket
 import time
-from pathlib import Path
+
+from shimv2 import light_json
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:  # `start` and `delete` are faster without typing
+if TYPE_CHECKING:  # `start` and `delete` are faster without typing, pathlib and socket
+    from pathlib import Path
     from typing import Any
 
-SANDBOXES = Path("/run/vc/sbs")
-VMS = Path("/run/vc/vm")
-SHARES = Path("/run/kata-containers/shared/sandboxes")
+SANDBOXES = "/run/vc/sbs"
+VMS = "/run/vc/vm"
+SHARES = "/run/kata-containers/shared/sandboxes"
 MANAGEMENT_SOCKET = "shim-monitor.sock"
 READY_SHIMS = "/run/vc/ready-shims"
 """Sockets by which `start` gets a shim that was made ahead (`shimv2.ready`)."""
@@ -36,7 +32,7 @@ _KILL_LIMIT = 4.0  # containerd gives `delete` 5 s in all
 
 def sandbox_dir(sandbox_id: str) -> Path:
     """The shim's own state: state.json."""
-    return SANDBOXES / sandbox_id
+    return _path(SANDBOXES, sandbox_id)
 
 
 def management_socket(sandbox_id: str) -> Path:
@@ -46,18 +42,25 @@ def management_socket(sandbox_id: str) -> Path:
 
 def vm_dir(sandbox_id: str) -> Path:
     """Sockets of the VMM and its helpers."""
-    return VMS / sandbox_id
+    return _path(VMS, sandbox_id)
 
 
 def share_dir(sandbox_id: str) -> Path:
     """What the guest sees through virtio-fs."""
-    return SHARES / sandbox_id
+    return _path(SHARES, sandbox_id)
+
+
+def _path(*parts: str) -> Path:
+    from pathlib import Path
+
+    return Path(*parts)
 
 
 def start_time(pid: int) -> int | None:
     """Clock ticks after boot at which `pid` started; None if there is no such process."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            stat = file.read()
     except OSError:
         return None
     # The command name may hold spaces and parentheses; field 22 counts from its last ")".
@@ -90,8 +93,8 @@ class SandboxRecord:
         self.traces: list[tuple[str, int, str]] = []
 
     @property
-    def path(self) -> Path:
-        return sandbox_dir(self.sandbox_id) / "state.json"
+    def path(self) -> str:
+        return _record_path(self.sandbox_id)
 
     def add_process(self, name: str, pid: int) -> None:
         """Remember a process under `name`; one that is gone already is left out."""
@@ -106,18 +109,20 @@ class SandboxRecord:
             OSError: it can't be written; names the file.
         """
         data = {k: v for k, v in vars(self).items() if k != "sandbox_id"}
-        temporary = self.path.with_suffix(".tmp")
+        temporary = f"{self.path.removesuffix('.json')}.tmp"
         try:
-            temporary.write_text(json.dumps(data))
+            with open(temporary, "w") as file:
+                file.write(light_json.dumps(data))
         except OSError as error:  # "no space left" does not say where
-            raise OSError(error.errno, error.strerror, str(temporary)) from error
-        temporary.rename(self.path)
+            raise OSError(error.errno, error.strerror, temporary) from error
+        os.rename(temporary, self.path)
 
     @classmethod
     def load(cls, sandbox_id: str) -> SandboxRecord | None:
         """The record of a sandbox, or None where there is none that can be read."""
         try:
-            data: dict[str, Any] = json.loads((sandbox_dir(sandbox_id) / "state.json").read_text())
+            with open(_record_path(sandbox_id), "rb") as file:
+                data: dict[str, Any] = light_json.loads(file.read())
             record = cls(sandbox_id, data["namespace"], data["containerd"], data["socket"])
             record.processes = {k: (int(p), int(t)) for k, (p, t) in data["processes"].items()}
             record.cgroups = [str(path) for path in data["cgroups"]]
@@ -135,6 +140,10 @@ class SandboxRecord:
         return pid > 0 and start_time(pid) == started
 
 
+def _record_path(sandbox_id: str) -> str:
+    return os.path.join(SANDBOXES, sandbox_id, "state.json")
+
+
 class SandboxInUseError(Exception):
     """A running sandbox has this id already, in another namespace or containerd."""
 
@@ -147,6 +156,8 @@ class _Exclusive:
     """
 
     def __enter__(self) -> None:
+        import fcntl
+
         try:
             self._fd = os.open(SANDBOXES, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:  # nobody has claimed anything yet
@@ -167,8 +178,8 @@ def claim(record: SandboxRecord) -> None:
         OSError: it can't be written, or what was there not be removed; names the file, and
             nothing of ours is left.
     """
-    SANDBOXES.mkdir(mode=0o700, parents=True, exist_ok=True)
-    directory = record.path.parent
+    os.makedirs(SANDBOXES, mode=0o700, exist_ok=True)
+    directory = os.path.dirname(record.path)
     with _Exclusive():
         other = SandboxRecord.load(record.sandbox_id)
         if other is not None and other.shim_alive():
@@ -176,9 +187,11 @@ def claim(record: SandboxRecord) -> None:
                 f"sandbox id {record.sandbox_id!r} is in use by namespace "
                 f"{other.namespace!r} of containerd at {other.containerd!r}"
             )
-        if directory.exists() and (left := _remove(record.sandbox_id)):
+        if os.path.exists(directory) and (left := _remove(record.sandbox_id)):
+            import errno
+
             raise OSError(errno.EBUSY, f"a dead shim's, and can't go: {'; '.join(left)}", directory)
-        directory.mkdir(mode=0o700)
+        os.mkdir(directory, mode=0o700)
         try:
             record.save()
         except OSError:
@@ -192,6 +205,9 @@ def kill_processes(processes: dict[str, tuple[int, int]], limit: float = _KILL_L
     Returns:
         The names of those that live on after `limit` seconds (uninterruptible in the kernel).
     """
+    import select
+    import signal
+
     open_fds: dict[int, str] = {}
     poller = select.poll()
     # The shim first: its helpers die with it, and it can start no new one.
@@ -261,7 +277,7 @@ def _remove_cgroups(paths: list[str]) -> list[str]:
 
     deadline = time.monotonic() + _CGROUP_LIMIT
     while True:
-        left = [text for path in paths if (text := cgroups.remove(Path(path)))]
+        left = [text for path in paths if (text := cgroups.remove(_path(path)))]
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(0.02)
@@ -280,11 +296,13 @@ def _remove_traces(record: SandboxRecord) -> list[str]:
 
 def remove_socket(path: str) -> None:
     """Remove a unix socket unless somebody listens there again."""
+    import socket
+
     try:
         with socket.socket(socket.AF_UNIX) as probe:
             probe.connect(path)
     except ConnectionRefusedError:
-        Path(path).unlink(missing_ok=True)
+        _path(path).unlink(missing_ok=True)
     except OSError:
         pass
     # else: a successor of ours listens there, so it stays
@@ -294,12 +312,14 @@ def remove_tree(directory: Path) -> list[str]:
     """Remove a directory tree without ever crossing a mount: those are detached first."""
     if not directory.exists():
         return []
+    import errno
+
     _detach_mounts_below(directory)
     left: list[str] = []
     device = directory.lstat().st_dev
     for root, names, files in os.walk(directory, topdown=False):
         for name in files + names:
-            path = Path(root, name)
+            path = _path(root, name)
             try:
                 if path.lstat().st_dev != device:
                     left.append(f"{path}: still mounted")
@@ -320,7 +340,7 @@ def remove_tree(directory: Path) -> list[str]:
 def _detach_mounts_below(directory: Path) -> None:
     mounted = []
     prefix = str(directory)
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in _path("/proc/self/mountinfo").read_text().splitlines():
         point = line.split(" ", 5)[4].encode().decode("unicode_escape")
         if point == prefix or point.startswith(prefix + "/"):
             mounted.append(point)
@@ -328,4 +348,4 @@ def _detach_mounts_below(directory: Path) -> None:
         from shimv2.mounts import umount_detached
 
         for point in reversed(mounted):
-            umount_detached(Path(point))
+            umount_detached(_path(point))

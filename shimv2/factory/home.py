@@ -51,7 +51,7 @@ def remove_leftovers(parent: str, prefix: str, busy: Collection[str] = ()) -> No
     Args:
         busy: ids of VMs that are in use.
     """
-    left = [path for path in VMS.glob(f"{prefix}*") if path.name not in busy]
+    left = [path for path in Path(VMS).glob(f"{prefix}*") if path.name not in busy]
     for directory in left:
         remove_tree(directory)
     for hierarchy in hierarchies():

@@ -35,7 +35,7 @@ def sandboxes() -> list[Sandbox]:
         except OSError:
             continue
         for name in names:
-            socket = directory / name / state.MANAGEMENT_SOCKET
+            socket = Path(directory, name, state.MANAGEMENT_SOCKET)
             if socket.is_socket() and name not in found:
                 found[name] = Sandbox(name, socket, _labels(name))
     return [found[name] for name in sorted(found)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import resource
-import signal
 import sys
 
 TYPE_CHECKING = False
@@ -90,6 +89,8 @@ def take_over(wanted: dict[str, Any]) -> None:
     Raises:
         DifferentError, OSError: it can't be.
     """
+    import signal
+
     _move(wanted["cgroups"])
     for number, limits in wanted["limits"].items():
         soft, hard = limits
