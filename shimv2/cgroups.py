@@ -224,6 +224,12 @@ class SandboxCgroups:
             except OSError as error:
                 raise CgroupError(f"cgroup {file}: {error.strerror}") from error
 
+    def take_shim_home(self) -> None:
+        """Move this process back to where it was before `add_shim`, as `delete` does."""
+        for home in self._home.values():
+            with contextlib.suppress(OSError):  # it is gone; `delete` finds another place
+                (home / "cgroup.procs").write_text("0")
+
     def add_vcpu_threads(self, tids: Iterable[int]) -> None:
         """Move threads of the VMM to where the pod's CPU limits hold.  A thread that has ended
         is no error."""

@@ -125,11 +125,15 @@ class Guest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.declare_lost("the sandbox is stopped")
         try:
-            await self._machine.stop()
+            await self.halt()
         finally:
             await self._stack.aclose()
+
+    async def halt(self) -> None:
+        """End the VM at once, whatever the guest does.  Idempotent."""
+        self.declare_lost("the sandbox is stopped")
+        await self._machine.stop()
 
     # --- boot ---------------------------------------------------------------------------
 

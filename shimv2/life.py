@@ -73,6 +73,7 @@ class Life:
         self.drives: Drives | None = None
         self._guest: Guest | None = None
         self._network: PodNetwork | None = None
+        self._placement: SandboxPlacement | None = None
         self._failure: Exception | None = None
         self._decided = trio.Event()  # booted, or failed
         self._ending = False  # somebody asked for its end; now or soon it is stopped
@@ -141,7 +142,7 @@ class Life:
         """Boot, watch, end.  Never raises: what goes wrong is told to who asks for the guest."""
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._cancel_on_stop, nursery.cancel_scope)
+                nursery.start_soon(self._end_on_stop, nursery)
                 await self._live()
                 nursery.cancel_scope.cancel()
         except Exception as error:
@@ -157,14 +158,19 @@ class Life:
             self._ended.set()
             self._sandbox.life_ended(self, self._lost)
 
-    async def _cancel_on_stop(self, scope: trio.CancelScope) -> None:
+    async def _end_on_stop(self, nursery: trio.Nursery) -> None:
         await self._stop.wait()
-        scope.cancel()
+        # What takes longest begins first, beside all else that is let go of.
+        if self._guest is not None:
+            nursery.start_soon(self._guest.halt)
+        if self._placement is not None:
+            nursery.start_soon(self._placement.leave)
+        nursery.cancel_scope.cancel()
 
     async def _live(self) -> None:
         origin, sandbox = self.origin, self._sandbox
         with SandboxPlacement(sandbox.id, origin) as placement:
-            self.netns = placement.netns_path
+            self.netns, self._placement = placement.netns_path, placement
             sandbox.remember_cgroups(placement.cgroup_dirs)
             templates = _templates(origin.config)
             while True:

@@ -85,6 +85,15 @@ class SandboxPlacement:
         # The kernel lets nobody fork for some milliseconds before it moves another's threads.
         await trio.to_thread.run_sync(self._cgroups.add_vcpu_threads, list(threads))
 
+    async def leave(self) -> None:
+        """Take this process out of the cgroups, in a thread: the kernel takes its time for it.
+
+        Leaving the ``with`` block does it too, when nothing else is in them any more.
+        """
+        assert self._cgroups is not None
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(self._cgroups.take_shim_home)
+
     def confine(self, cpus: str, nodes: str) -> None:
         """Let the vCPUs run on these CPUs and memory nodes of the host only; "" means all.
 
