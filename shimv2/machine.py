@@ -164,9 +164,9 @@ class Machine:
         if self._shares:
             devices.append(await self._open_virtiofsd())
         async with concurrently() as nursery:
-            nursery.start_soon(vm.restore, template.directory)
             if self._shares:
-                await self._start_virtiofsd()
+                nursery.start_soon(self._start_virtiofsd)
+            await vm.restore(template.directory)  # QEMU first, which takes longer to start
         await self._go_on(vm, "template", devices)
 
     async def adopt(self, handover: Handover) -> None:

@@ -100,6 +100,7 @@ class Qemu(Hypervisor):
         self._released = False
         self._shutdown_reason = ""
         self._panicked = False
+        self._moved = trio.Event()  # the state is out of this QEMU, or in it; or that has failed
         self._exit: VmExit | None = None
         self._exited = trio.Event()
         self._supervised = trio.Event()  # `_supervise` is over, also by being cancelled
@@ -268,7 +269,8 @@ class Qemu(Hypervisor):
             raise UnsupportedError("only a VM whose memory is a file without hugepages is saved")
         if self._hot.memory_mib != self.config.memory_mib:
             raise UnsupportedError("a VM whose memory has grown cannot be saved")
-        await snapshot.save(self._control, self.pid, directory)
+        self._moved = trio.Event()
+        await snapshot.save(self._control, self.pid, directory, self._moved)
 
     async def restore(self, directory: Path) -> None:
         with snapshot.open_memory(directory, self.config.memory_mib) as source:
@@ -289,7 +291,7 @@ class Qemu(Hypervisor):
             finally:
                 os.close(memory_fd)
         try:
-            await snapshot.load_state(self._control, directory)
+            await snapshot.load_state(self._control, directory, self._moved)
         except BaseException:
             await self.stop()
             raise
@@ -449,6 +451,9 @@ class Qemu(Hypervisor):
             self._shutdown_reason = str(event.data.get("reason", ""))
         elif event.name == "GUEST_PANICKED":
             self._panicked = True
+        elif event.name == "MIGRATION":
+            if event.data.get("status") in ("completed", "failed", "cancelled"):
+                self._moved.set()
         elif self._plugger is not None:
             self._plugger.on_event(event)
 

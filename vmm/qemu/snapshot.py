@@ -24,12 +24,15 @@ from vmm.qemu.qmp_client import QmpClient
 STATE_FILE = "state"
 MEMORY_FILE = "memory"
 TIMEOUT = 30.0
-POLL_INTERVAL = 0.005
+_LOOK_AGAIN = 0.05  # seconds, should QEMU not say that it is done
 _FD_NAME = "snapshot"
 
 
-async def save(qmp: QmpClient, pid: int, directory: Path) -> None:
+async def save(qmp: QmpClient, pid: int, directory: Path, moved: trio.Event) -> None:
     """Write both files of a paused VM.
+
+    Args:
+        moved: as for `load_state`.
 
     Raises:
         VmmError: the VM runs, QEMU refused, or the disk is full.
@@ -48,7 +51,7 @@ async def save(qmp: QmpClient, pid: int, directory: Path) -> None:
         with _open_new(directory / STATE_FILE) as state:
             await qmp.execute("getfd", {"fdname": _FD_NAME}, fds=(state.fileno(),))
         await qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
-        await _await_migration(qmp)
+        await _await_migration(qmp, moved)
     except OSError as error:
         raise VmmError(f"cannot save to {directory}: {error.strerror}") from error
 
@@ -87,8 +90,12 @@ async def copy_memory(source: int, target: int) -> None:
         raise VmmError("the saved memory was changed while it was copied")
 
 
-async def load_state(qmp: QmpClient, directory: Path) -> None:
-    """Feed the device state to a QEMU that waits for it; the VM is paused afterwards."""
+async def load_state(qmp: QmpClient, directory: Path, moved: trio.Event) -> None:
+    """Feed the device state to a QEMU that waits for it; the VM is paused afterwards.
+
+    Args:
+        moved: set by the owner of `qmp` when QEMU says that its state has moved, or has not.
+    """
     path = directory / STATE_FILE
     await _capability(qmp)
     try:
@@ -97,7 +104,7 @@ async def load_state(qmp: QmpClient, directory: Path) -> None:
     except OSError as error:
         raise VmmConfigError(f"snapshot {path}: {error.strerror}") from error
     await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
-    await _await_migration(qmp)
+    await _await_migration(qmp, moved)
 
 
 def _open_new(path: Path) -> BinaryIO:
@@ -105,18 +112,19 @@ def _open_new(path: Path) -> BinaryIO:
 
 
 async def _capability(qmp: QmpClient) -> None:
-    capability = {"capability": "x-ignore-shared", "state": True}
-    await qmp.execute("migrate-set-capabilities", {"capabilities": [capability]})
+    wanted = [{"capability": name, "state": True} for name in ("x-ignore-shared", "events")]
+    await qmp.execute("migrate-set-capabilities", {"capabilities": wanted})
 
 
-async def _await_migration(qmp: QmpClient) -> None:
+async def _await_migration(qmp: QmpClient, moved: trio.Event) -> None:
     with trio.move_on_after(TIMEOUT):
         while True:
+            with trio.move_on_after(_LOOK_AGAIN):
+                await moved.wait()
             answer = await qmp.execute("query-migrate")
             status = answer.get("status", "")
             if status == "completed":
                 return
             if status in ("failed", "cancelled"):
                 raise VmmError(f"snapshot {status}: {answer.get('error-desc', 'no reason given')}")
-            await trio.sleep(POLL_INTERVAL)
     raise VmmError(f"the snapshot took more than {TIMEOUT:g} s")
