@@ -22,7 +22,7 @@ from ttrpc.client import Client
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 AGENT = pb.DESCRIPTOR.services_by_name["AgentService"]
-CGROUPS = "pykata-agent-test"
+CGROUPS = f"pykata-agent-test-{os.getpid()}"  # tests run in several processes at once
 PROGRAMS = ("sh", "true", "sleep", "echo", "cat", "dd", "head", "id", "stty", "tty", "env", "kill")
 _MOUNTS = (
     ("/proc", "proc", "proc", ["nosuid", "noexec", "nodev"]),
