@@ -26,7 +26,7 @@ log = logging.getLogger("factory")
 _CACHE_LIMIT = 2.0
 """Seconds to wait for the VM cache, which answers in some milliseconds."""
 
-LAYOUT = 1
+LAYOUT = 2
 """Changed when a template holds another guest state than before: devices, what was settled."""
 
 _MAKER = """\

@@ -22,6 +22,10 @@ TCG_BUFFER_MIB = 96
 execs fill 70 MiB (`x-query-jit`).  QEMU's own default is an eighth of the host's memory, all of which
 a long-lived guest ends up filling."""
 
+SERIAL_PORTS = 4
+"""Console and serial devices a VM can have.  Each is two queues that the guest sets up, and QEMU wires
+up whenever the guest goes on: with its own default of 31 that takes 10 ms."""
+
 TCG_REGION_MIB = 2
 """The least that a vCPU gets of that buffer, if it is large enough for all (tcg/region.c)."""
 
@@ -168,7 +172,7 @@ def _memory(config: VmConfig) -> str:
 
 
 def _fixed_devices(boot: Boot) -> list[str]:
-    serial = pci_device("virtio-serial-pci", SERIAL_ID, pci.SERIAL_PLACE)
+    serial = pci_device("virtio-serial-pci", SERIAL_ID, pci.SERIAL_PLACE, max_ports=SERIAL_PORTS)
     argv = ["-device", _json(_bridge()), "-device", _json(serial)]
     for index in range(boot.root_ports):
         port = {
