@@ -28,7 +28,7 @@ def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = re.sub(r"path: \.\.$", f"path: {BUILDER.parent}", text, flags=re.M)
     described = yaml.safe_load(text)
     described["image"]["initrd_compression"] = "none"
-    described["kernel"]["fragments"] = []
+    described["kernel"]["fragments"] = described["kernel"]["patches"] = []
     (folder / "guest.yaml").write_text(yaml.safe_dump(described))
     options = ["--kernel", "none", "--format", "initrd", "--output", str(folder)]
     subprocess.run(

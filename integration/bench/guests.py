@@ -83,9 +83,9 @@ def build(guest: Guest, output: Path) -> Path:
     for entry in described["files"]:
         entry["source"] = str(BUILDER / entry["source"])
     described["agent"]["path"] = str(BUILDER / described["agent"]["path"])
-    described["kernel"]["fragments"] = [
-        str(BUILDER / pattern) for pattern in described["kernel"]["fragments"]
-    ]
+    for key in ("fragments", "patches"):
+        patterns = described["kernel"][key]
+        described["kernel"][key] = [str(BUILDER / pattern) for pattern in patterns]
     key = "compression" if guest.format == "image" else "initrd_compression"
     described["image"][key] = guest.compression
     description = output / "guest.yaml"
