@@ -284,6 +284,7 @@ class Qemu(Hypervisor):
                 async with trio.open_nursery() as nursery:
                     if not private:
                         nursery.start_soon(snapshot.copy_memory, source, memory_fd)
+                        await trio.lowlevel.checkpoint()  # its thread is at work before we fork
                     await self._launch(memory_fd, incoming=True)
             except BaseExceptionGroup as group:
                 await self.stop()
